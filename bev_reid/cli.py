@@ -6,8 +6,20 @@
 __all__ = ['verb', 'set_fields', 'bev_reid_toy', 'bev_reid_train_lss', 'bev_reid_eval_lss', 'bev_reid_dataset', 'bev_reid_train',
            'bev_reid_eval', 'bev_reid_show', 'bev_reid_demo']
 
-# %% ../nbs/11_cli.ipynb #ac7e28f1
-import json, os, sys
+# %% ../nbs/11_cli.ipynb #77d45e35
+import json, os, re, signal, sys
+
+# %% ../nbs/11_cli.ipynb #95c23a23
+_command = os.path.splitext(os.path.basename(sys.argv[0]))[0]   # the verb, where this process runs one
+
+def _stop(*_):
+    "End at once with status 2"
+    print(f'\n{_command}: interrupted; the same command goes on from the last state it saved', file=sys.stderr)
+    sys.stdout.flush(); sys.stderr.flush(); os._exit(2)   # loader threads must not delay the end
+
+if _command.startswith('bev_reid_') and signal.getsignal(signal.SIGINT) == signal.default_int_handler: signal.signal(signal.SIGINT, _stop)
+
+# %% ../nbs/11_cli.ipynb #e3443e7d
 from dataclasses import fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -21,28 +33,30 @@ from .data import DrivingData, SampleDataset, collate_samples
 from .dataset import DatasetConfig, build_dataset
 from .demo import run_demo
 from .evaluate import format_table
-from .fit import Batches, load_checkpoint, plain, shuffled
+from .fit import Batches, plain, shuffled, write_json
 from .lss import eval_lss, load_lss
 from .report import make_report
 from .toy import make_toy
 from .train import LSSRecipe, MetricRecipe, evaluate_reid, train_lss, train_metric, watch as watch_run
 
-# %% ../nbs/11_cli.ipynb #498b48b5
+# %% ../nbs/11_cli.ipynb #a4fed263
 def verb(
     func, # Function whose docments are its help
 ): # The function, and a command when it is run as a script
     "A command line for a function, with errors for people"
     @wraps(func)
     def run(*args, **kwargs):
-        if not Path(sys.argv[0]).stem == func.__name__: return func(*args, **kwargs)
+        if _command != func.__name__: return func(*args, **kwargs)
+        if signal.getsignal(signal.SIGINT) == _stop: signal.signal(signal.SIGINT, signal.default_int_handler)   # from here on there may be something to clean up
         try: func(*args, **kwargs)
-        except KeyboardInterrupt: print(f'\n{func.__name__}: interrupted; the same command goes on from the last state it saved', file=sys.stderr)
-        except (ValueError, OSError, ImportError) as e: print(f'{func.__name__}: error: {e}', file=sys.stderr)
-        else: return
-        sys.stderr.flush(); os._exit(2)   # loader threads must not delay the end
+        except KeyboardInterrupt: _stop()
+        except (ValueError, OSError, ImportError) as e:
+            print(f'{func.__name__}: error: {e}', file=sys.stderr)
+            sys.stdout.flush(); sys.stderr.flush(); os._exit(2)
+    if _command == func.__name__: sys.argv[1:] = [re.sub(r'^--[\w-]+', lambda m: '--'+m[0][2:].replace('-', '_'), a) for a in sys.argv[1:]]   # --skip-missing is --skip_missing
     return call_parse(run)
 
-# %% ../nbs/11_cli.ipynb #a1c7bae9
+# %% ../nbs/11_cli.ipynb #4fd9581a
 def set_fields(
     cfg, # Configuration dataclass
     pairs:list, # `dotted.name=value`, values as JSON or plain words
@@ -61,18 +75,19 @@ def set_fields(
             value = set_fields(old, [f'{rest}={text}'])
         elif is_dataclass(old): raise ValueError(f"--set {pair}: {head} is a group; name one of its parts: {', '.join(f'{head}.{f.name}' for f in fields(old))}")
         elif isinstance(value, list): value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        elif isinstance(old, (int, float)) and isinstance(value, str) and re.fullmatch(r'[-+]?(\d+\.?|\.\d)\d*(e[-+]?\d+)?', value): value = float(value)   # .5 and 1. are no JSON
         elif isinstance(old, (int, float)) and not isinstance(value, (int, float)): raise ValueError(f"--set {pair}: {name} is a number, like {old}")
         cfg = replace(cfg, **{head: value})
     return cfg
 
-# %% ../nbs/11_cli.ipynb #a3782779
+# %% ../nbs/11_cli.ipynb #943f9c99
 _set = Param('Fields of the recipe to change, such as fit.lr=5e-4', str, nargs='*')
 _words = lambda text: Param(text, str, nargs='*')
 
 def _device(name):
     if name not in ('auto', 'cpu', 'cuda'): raise ValueError(f"--device must be auto, cpu or cuda, got {name!r}")
     if name == 'cuda' and not torch.cuda.is_available(): raise ValueError("--device cuda: this machine has no GPU that PyTorch can use; leave the option out")
-    return ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' or (name == 'auto' and torch.cuda.is_available()) else 'cpu'
 
 def _share(): return dict(rank=int(os.environ.get('RANK', 0)), world=int(os.environ.get('WORLD_SIZE', 1)))
 
@@ -93,7 +108,7 @@ def bev_reid_toy(
     root = make_toy(out, n_scenes=n_scenes, n_samples=n_samples, seed=seed, conditions=tuple(conditions), img_size=(height, width), sweeps=sweeps, workers=workers or None, progress=True)
     print(f'{root}: {DrivingData(root)}')
 
-# %% ../nbs/11_cli.ipynb #e326c449
+# %% ../nbs/11_cli.ipynb #742d2a57
 @verb
 def bev_reid_train_lss(
     dataroot:str, # Data set in nuScenes format
@@ -115,9 +130,9 @@ def bev_reid_train_lss(
     device, data = _device(device), DrivingData(dataroot, version or None, cams=list(cams) or None)
     r = set_fields(LSSRecipe.recipe(recipe, max_steps=steps or None), set)
     out = train_lss(data, run, recipe=r, split=split, sides=DatasetConfig(classes=r.classes, split_by=split_by, held_out=held_out), sweeps=sweeps, n_workers=workers, device=device, skip_missing=skip_missing, progress=True)
-    print(f"{run}: step {out['step']}", *(f'{k} {v:.4g}' for k, v in out['metrics'].items()))
+    print(f"{run}: step {out['step']}, {out['n_skipped']} samples skipped", *(f'{k} {v:.4g}' for k, v in out['metrics'].items()))
 
-# %% ../nbs/11_cli.ipynb #140a183c
+# %% ../nbs/11_cli.ipynb #aef1e160
 @verb
 def bev_reid_eval_lss(
     run:str, # Run or checkpoint of the camera-to-BEV network
@@ -129,20 +144,14 @@ def bev_reid_eval_lss(
     skip_missing:bool=False, # Go on without samples whose files are missing or damaged
 ):
     "IoU of the vehicle map and error of the depths on held-out samples"
-    from bev_reid.data import ImgAug
     model, data = load_lss(run, device=_device(device)), DrivingData(dataroot, version or None)
     split = next((s for s in ('test', 'val', 'mini_val', 'all') if s in data.splits()), 'all') if split == 'auto' else split
-    ds = SampleDataset(data, data.sample_tokens(split), img_aug=ImgAug(out_size=model.cfg.img_size), grid=model.cfg.grid, skip_missing=skip_missing)
+    ds = SampleDataset(data, data.sample_tokens(split), img_aug=model.img_aug, grid=model.cfg.grid, skip_missing=skip_missing)
     scores = eval_lss(model, Batches(ds, shuffled(len(ds), 1, shuffle=False), collate_fn=collate_samples).epoch(0))
     scores = plain(dict(split=split, n_skipped=len(ds.skipped), **scores))
-    if out: _write_json(out, scores)
+    if out: write_json(out, scores)
     print(f"{split}: IoU {100*scores['iou']:.1f} %, depth error {scores['depth_mae']:.2f} m, {scores['n_samples']} samples, {scores['n_skipped']} skipped")
     return scores
-
-# %% ../nbs/11_cli.ipynb #2be6a61e
-def _write_json(path, obj):
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True); part = path.with_name(path.name+'.part')
-    part.write_text(json.dumps(plain(obj), indent=1, default=lambda a: np.asarray(a).tolist())); os.replace(part, path)
 
 # %% ../nbs/11_cli.ipynb #04c5d7c6
 @verb
@@ -187,7 +196,7 @@ def bev_reid_train(
     out = train_metric(dataset, run, recipe=r, split=split, n_workers=workers, device=_device(device), progress=True)
     print(f"{run}: step {out['step']}")
 
-# %% ../nbs/11_cli.ipynb #de461d3b
+# %% ../nbs/11_cli.ipynb #64e5df3d
 @verb
 def bev_reid_eval(
     run:str, # Run or checkpoint of the metric network
@@ -206,17 +215,18 @@ def bev_reid_eval(
         def numbers(c): return {k: v for k, v in evaluate_reid(c, dataset, baselines=False, **kw)['rows'][0].items() if isinstance(v, (int, float))}
         return watch_run(run, numbers, on_result=lambda step, r: print(f"step {step}: rank-1 {100*r['rank1']:.1f} %, mAP {100*r['mAP']:.1f} %", flush=True))
     res = evaluate_reid(run, dataset, **kw)
-    if out: _write_json(out, {k: v for k, v in res.items() if k != 'embeddings'})
+    if out: write_json(out, {k: v for k, v in res.items() if k != 'embeddings'})
     print(format_table(res['rows']), '\n\nsingle-shot galleries:\n', format_table(res['single_shot'], columns=('method', 'rank1', 'rank1_std', 'rank5', 'mAP', 'n_ids', 'n_galleries')), '\n', json.dumps(plain(res['settings'])), sep='')
     return res
 
-# %% ../nbs/11_cli.ipynb #79d8b485
+# %% ../nbs/11_cli.ipynb #56e07861
 @verb
 def bev_reid_show(
     run:str, # Run or checkpoint of the metric network
     dataset:str, # Folder of a ReID data set
     lss:str='', # Run of the camera-to-BEV network; the one the data set was made with where left out
     dataroot:str='', # Data set in nuScenes format; the one the data set was made with where left out
+    version:str='', # May be left out where there is only one
     out:str='report.html', # Page to write
     split:str='test', # Split to show
     min_gap:float=2., # Nearer in time within a scene does not count, seconds
@@ -227,7 +237,7 @@ def bev_reid_show(
     made = json.loads((Path(dataset)/'config.json').read_text()) if (Path(dataset)/'config.json').exists() else {}
     if not made: raise FileNotFoundError(f"{dataset} is not a ReID data set: it has no config.json")
     res = evaluate_reid(run, dataset, split=split, min_gap=min_gap, scope=scope)
-    data = DrivingData(dataroot or made['dataroot'])
+    data = DrivingData(dataroot or made['dataroot'], version or None)
     print(make_report(out, data=data, lss_run=lss or made['source'], dataset=dataset, metric_run=run, results=res, n_queries=n))
 
 # %% ../nbs/11_cli.ipynb #cf959165

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stations', 'demo_recipes', 'run_demo', 'summary']
 
-# %% ../nbs/10d_demo.ipynb #63d9ec54
+# %% ../nbs/10d_demo.ipynb #e262684f
 import json, os, time
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from .crops import CropConfig
-from .data import DrivingData, ImgAug, SampleDataset, collate_samples
+from .data import DrivingData, SampleDataset, collate_samples
 from .dataset import DatasetConfig, build_dataset
 from .evaluate import format_table
-from .fit import Batches, plain, shuffled
+from .fit import Batches, shuffled, write_json
 from .lss import eval_lss, load_lss
 from .report import make_report
 from .toy import make_toy
 from .train import LSSRecipe, MetricRecipe, evaluate_reid, train_lss, train_metric
 
-# %% ../nbs/10d_demo.ipynb #1cb4c232
+# %% ../nbs/10d_demo.ipynb #0f846215
 class Stations:
     "Says which station begins, and how long each took; the times survive an interruption"
     def __init__(self, path, n):
@@ -35,7 +35,7 @@ class Stations:
         try: return fn()
         finally:
             self.times[name] = self.times.get(name, 0)+time.perf_counter()-start
-            part = self.path.with_name(self.path.name+'.part'); part.write_text(json.dumps(self.times)); os.replace(part, self.path)
+            write_json(self.path, self.times)
 
 # %% ../nbs/10d_demo.ipynb #20434a02
 def demo_recipes(
@@ -48,7 +48,7 @@ def demo_recipes(
     lss, metric = LSSRecipe.recipe('toy', max_steps=lss_steps), MetricRecipe.recipe('toy', max_steps=metric_steps)
     return replace(lss, fit=replace(lss.fit, seed=seed)), DatasetConfig(crop=CropConfig(extent=14., size=28)), replace(metric, fit=replace(metric.fit, seed=seed))
 
-# %% ../nbs/10d_demo.ipynb #5421c106
+# %% ../nbs/10d_demo.ipynb #f5ba184c
 def run_demo(
     out='demo', # Folder of everything it makes
     *,
@@ -72,12 +72,12 @@ def run_demo(
     at('data set: a crop of every vehicle', lambda: build_dataset(model.to(dev), data, out/'reid', cfg=cfg, source=str(out/'lss'), progress=progress))
     at('metric network: crops to embeddings', lambda: train_metric(out/'reid', out/'metric', recipe=metric, device=device, progress=progress))
     def measure():
-        test = SampleDataset(data, data.sample_tokens('test' if 'test' in data.splits() else 'val'), img_aug=ImgAug(out_size=model.cfg.img_size), grid=model.cfg.grid)
+        test = SampleDataset(data, data.sample_tokens('test' if 'test' in data.splits() else 'val'), img_aug=model.img_aug, grid=model.cfg.grid)
         return eval_lss(model, Batches(test, shuffled(len(test), 1, shuffle=False), collate_fn=collate_samples).epoch(0)), evaluate_reid(out/'metric', out/'reid', split='test' if 'test' in data.splits() else 'val', device=dev)
     scores, results = at('measurement on held-out scenes and vehicles', measure)
     lead = _lead(data, scores, results, lss, metric)
     page = at('report', lambda: make_report(out/'report.html', data=data, lss_run=out/'lss', dataset=out/'reid', metric_run=out/'metric', results=results, lss_scores=scores, lead=lead))
-    part = out/'results.json.part'; part.write_text(json.dumps(plain(dict(lss=scores, times=at.times, **{k: v for k, v in results.items() if k != 'embeddings'})), indent=1)); os.replace(part, out/'results.json')
+    write_json(out/'results.json', dict(lss=scores, times=at.times, **{k: v for k, v in results.items() if k != 'embeddings'}))
     print('\n'+summary(results, scores, at.times)+f'\n\nOpen {page} in a browser.')
     return dict(results, lss=scores, page=page, times=at.times)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fig_rig', 'fig_bev', 'fig_tracks', 'rankings', 'fig_retrieval', 'fig_curves', 'page', 'make_report']
 
-# %% ../nbs/10c_report.ipynb #c8a74ab8
+# %% ../nbs/10c_report.ipynb #521a463b
 import html, json, os
 from pathlib import Path
 
@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import matplotlib.pyplot as plt
 
-from .data import DrivingData, ImgAug, SampleDataset, collate_samples
+from .data import DrivingData, SampleDataset, collate_samples
 from .dataset import ReIDDataset
 from .evaluate import format_table, junk_mask
-from .fit import read_metrics
+from .fit import read_metrics, write_atomic
 from .lss import load_lss, rgb_bev, run_lss
-from .metric import embed
-from .train import load_metric, observations
+from .metric import embed, load_metric
+from .train import observations
 from .viz import fig_to_html, new_axes, show_bev, show_cmc, show_crops, show_curves, show_retrieval, show_rig
 
 # %% ../nbs/10c_report.ipynb #ecaf1187
@@ -33,7 +33,7 @@ def fig_rig(
     return show_rig([data.image(p) for p in f.img_paths], f.cams, boxes=f.boxes[keep], intrins=f.intrins, cam2ego=f.cam2ego,
                     ids=[f.instance_tokens[i] for i in keep], width=10)
 
-# %% ../nbs/10c_report.ipynb #115abdd9
+# %% ../nbs/10c_report.ipynb #8d3e56b6
 @torch.no_grad()
 def fig_bev(
     model, # LiftSplat
@@ -41,7 +41,7 @@ def fig_bev(
     sample_token:str,
 ): # Axes
     "Truth, prediction, splatted colours and features of a keyframe, with the true boxes"
-    ds = SampleDataset(data, [sample_token], img_aug=ImgAug(out_size=model.cfg.img_size), grid=model.cfg.grid)
+    ds = SampleDataset(data, [sample_token], img_aug=model.img_aug, grid=model.cfg.grid)
     batch = collate_samples([ds[0]])
     out, grid, boxes = run_lss(model, batch), model.cfg.grid, batch['boxes'][0]
     axs = new_axes(1, 4, size=(3., 3.1))[0]
@@ -72,7 +72,7 @@ def fig_tracks(
         titles.append([f"{t['range'][j]:.0f} m" for j in at])
     return show_crops(rows, titles)
 
-# %% ../nbs/10c_report.ipynb #852179b2
+# %% ../nbs/10c_report.ipynb #1c6cd0ed
 def rankings(
     emb, # Embeddings (i e)
     ds:ReIDDataset,
@@ -92,7 +92,8 @@ def rankings(
         me = obs.take(np.array([i])); allowed = ~junk_mask(me, obs, min_gap=min_gap, scope=scope)[0]
         if not (allowed & (obs.ids == obs.ids[i])).any(): continue
         d = np.where(allowed, 1-emb @ emb[i], np.inf)
-        first = [j for k, j in enumerate(s := np.argsort(d, kind='stable')) if np.isfinite(d[j]) and obs.ids[j] not in set(obs.ids[s[:k]])][:top]
+        near = np.argsort(d, kind='stable')[:int(allowed.sum())]
+        first = near[np.sort(np.unique(obs.ids[near], return_index=True)[1])[:top]]
         seen.add(obs.ids[i]); q.append(i); rows.append((first, d[first]))
     if not q: raise ValueError(f"no observation has a match {min_gap} s away: lower min_gap")
     k = min(len(r[0]) for r in rows)
@@ -148,7 +149,7 @@ def _pic(axes, alt):
     plt.close(np.ravel(axes)[0].figure)
     return out
 
-# %% ../nbs/10c_report.ipynb #98db6cdd
+# %% ../nbs/10c_report.ipynb #28e93348
 def make_report(
     path, # HTML file to write
     *,
@@ -165,7 +166,7 @@ def make_report(
     "Write the page of a trained system"
     s = results['settings']
     ds = ReIDDataset(dataset, split=s['split'], min_visibility=s['min_visibility'])
-    model, (net, _) = load_lss(lss_run), load_metric(metric_run)
+    model, net = load_lss(lss_run), load_metric(metric_run).net
     emb = results.get('embeddings'); emb = embed(net, ds.read('crops')).numpy() if emb is None else emb
     tokens, count = np.unique(ds.table['sample_token'], return_counts=True)
     token = str(tokens[count.argmax()])
@@ -187,7 +188,4 @@ def make_report(
         ('One probe, one gallery image', 'The single-shot protocol of the original: one probe and one gallery observation per vehicle, repeated over galleries.', shots),
         ('Training', 'Losses of both trainings. The identity loss keeps appearance in the map; it sees training vehicles alone.', _pic(fig_curves(Path(lss_run) if Path(lss_run).is_dir() else Path(lss_run).parent.parent, metric_run), 'training curves')),
     ]
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name+'.part')
-    part.write_text(page(title, lead, sections), encoding='utf-8'); os.replace(part, path)
-    return path
+    return write_atomic(path, lambda p: p.write_text(page(title, lead, sections), encoding='utf-8'))

@@ -9,7 +9,7 @@ __all__ = ['GROUND', 'WALL', 'MATTE', 'PAINT', 'GLASS', 'LAMP', 'TAIL', 'LEAF', 
            'trailer_mesh', 'construction_mesh', 'cycle_mesh', 'pedestrian_mesh', 'vertex_normals', 'Actor',
            'make_actor', 'Street', 'make_street', 'poses_at', 'rects_touch', 'Scene', 'populate', 'make_calib',
            'lidar_rays', 'camera_rays', 'split_names', 'identity_of', 'make_scene', 'cast_rays', 'Snapshot', 'snapshot',
-           'ground_rgb', 'wall_rgb', 'sky_rgb', 'shade', 'camera_pose', 'render', 'scan', 'visible_share',
+           'ground_rgb', 'wall_rgb', 'sky_rgb', 'shade', 'camera_pose', 'render', 'portrait', 'scan', 'visible_share',
            'attribute_of', 'write_scene', 'make_toy', 'toy_truth']
 
 # %% ../nbs/03_toy.ipynb #39cc6029
@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-# %% ../nbs/03_toy.ipynb #c354cab2
+# %% ../nbs/03_toy.ipynb #46a6ad88
 @dataclass(frozen=True)
 class ToyConfig:
     "The knobs of the toy world; the same config always gives the same bytes"
@@ -36,7 +36,7 @@ class ToyConfig:
     density:float=1. # Multiplies the number of vehicles and pedestrians
     n_azimuth:int=1085 # LiDAR firings of a revolution, for each of the 32 beams
     max_range:float=60. # Farther objects are not annotated, metres
-    edge_rays:int=3 # More rays for a pixel on an edge
+    edge_rays:int=2 # More rays for a pixel on an edge
     jpeg_quality:int=90
 
     def __post_init__(self):
@@ -77,10 +77,10 @@ def box_tris(
     v[1::2, :2] = m[:2]+(v[1::2, :2]-m[:2])*np.float32(top)
     return v[_FACES]
 
-# %% ../nbs/03_toy.ipynb #d9c31bb9
+# %% ../nbs/03_toy.ipynb #bf00d493
 def tube_tris(
-    a:tuple, # Centre of one end, metres
-    b:tuple, # Centre of the other end, metres
+    a:tuple|ndarray, # Centre of one end, metres
+    b:tuple|ndarray, # Centre of the other end, metres
     r:float, # Radius, metres
     *,
     r2:float|None=None, # Radius at the other end
@@ -97,15 +97,21 @@ def tube_tris(
     A, B = np.broadcast_to(a, p.shape), np.broadcast_to(b, p.shape)
     return np.concatenate([np.stack(s, 1) for s in ((p, p2, q2), (p, q2, q), (A, p2, p), (B, q, q2))])
 
-# %% ../nbs/03_toy.ipynb #7b9ea081
+# %% ../nbs/03_toy.ipynb #4e798cfe
 @lru_cache
 def _ball():
-    import trimesh
-    return np.float32(trimesh.creation.icosphere(subdivisions=2).triangles)
+    "An octahedron, each face cut in four, twice"
+    t = np.array([[[x, 0, 0], [0, y, 0], [0, 0, z]][::x*y*z] for x in (1, -1) for y in (1, -1) for z in (1, -1)], np.float32)
+    for _ in range(2):
+        a, b, c = t[:, 0], t[:, 1], t[:, 2]
+        ab, bc, ca = a+b, b+c, c+a
+        t = np.concatenate([np.stack(x, 1) for x in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))])
+        t /= np.linalg.norm(t, axis=-1, keepdims=True)
+    return t
 
 def ball_tris(
-    c:tuple, # Centre, metres
-    r:tuple, # Radii along x y z, metres
+    c:tuple|ndarray, # Centre, metres
+    r:tuple|ndarray, # Radii along x y z, metres
 )->Float[ndarray, "k 3 3"]: # Triangles, metres
     "An ellipsoid: heads, helmets, crowns of trees"
     return _ball()*np.float32(r)+np.float32(c)
@@ -233,12 +239,12 @@ def _car_details(m, rng, style, size, k, paint, second, trim):
     for x in (L/2-k['c1']*L+.12, L/2-k['c2']*L+.05): _side(m, W/2*1.003, x, x+.18, k['hb']-.2, k['hb']-.16, rim*.8)
     _car_markings(m, rng, style, size, k, second)
 
-# %% ../nbs/03_toy.ipynb #b0032053
+# %% ../nbs/03_toy.ipynb #094fb5d1
 def _car_markings(m, rng, style, size, k, second):
     L, W, H = size
     if rng.random() < (.8 if style == 'van' else .14):      # a firm's name on the door
         x, c = L*rng.uniform(-.22, .05), pick_paint(rng)
-        z = (k['z0']+.3, k['hb']-.18) if style != 'van' else (.7, H*.8)
+        z = (k['z0']+.24, k['hb']-.15)
         _side(m, W/2*1.004, x-.5, x+.45, *z, c)
         _side(m, W/2*1.007, x-.4, x+.35, z[0]+.08, z[0]+.18, 1-c)
     if rng.random() < .12: _side(m, W/2*1.004, -L*.42, L*.38, k['z0']+.28, k['z0']+.36, second)
@@ -343,7 +349,7 @@ def construction_mesh(
     m.t = [t*np.float32(s) for t in m.t]
     return m, style
 
-# %% ../nbs/03_toy.ipynb #6ffc30d3
+# %% ../nbs/03_toy.ipynb #21063c84
 def _person(m, rng, x, z, seated=False):
     "A figure whose hips are at height z"
     skin, top, leg = np.float32((.45, .28, .2))*rng.uniform(.3, 1.3), pick_paint(rng), rng.choice([.02, .05, .12])*np.float32((1, 1, 1.3))
@@ -355,7 +361,9 @@ def _person(m, rng, x, z, seated=False):
         m.add(tube_tris(sh, (x+.5, y*2.5, z+.3) if seated else (x-.1*np.sign(y), y*2.6, z), .05, n=6), top)
     m.add(tube_tris((x, 0, z-.06), (x+(.15 if seated else 0), 0, z+.55), .17, r2=.19, n=9), top)
     h = x+(.18 if seated else 0)
-    m.add(ball_tris((h, 0, z+.74), (.1, .09, .13)), skin); m.add(ball_tris((h-.02, 0, z+.78), (.12, .11, .13)) if seated else ball_tris((h-.02, 0, z+.79), (.1, .095, .1)), pick_paint(rng) if seated else rng.choice([.02, .08, .2]))
+    m.add(ball_tris((h, 0, z+.74), (.1, .09, .13)), skin)
+    if seated: m.add(ball_tris((h-.02, 0, z+.78), (.12, .11, .13)), pick_paint(rng))          # helmet
+    else: m.add(ball_tris((h-.02, 0, z+.79), (.1, .095, .1)), rng.choice([.02, .08, .2]))     # hair
     if not seated and rng.random() < .35: m.add(box_tris((x-.36, -.16, z+.05), (x-.15, .16, z+.5)), pick_paint(rng))
 
 def _tyre(m, x, r, w):
@@ -377,7 +385,8 @@ def cycle_mesh(
         m.add(tube_tris((.45, 0, .95), (b, 0, r), .06, n=6), .2); m.add(ball_tris((.55, 0, .9), (.12, .13, .12)), .75, LAMP); m.add(box_tris((-.9, -.1, .7), (-.84, .1, .8)), (.35, .01, .01), TAIL)
         if rng.random() < .4: m.add(box_tris((-1.05, -.2, .85), (-.6, .2, 1.2)), pick_paint(rng), PAINT)
     else:
-        for a, c in (((-b, 0, r), (-.1, 0, .85)), ((-b, 0, r), (0, 0, .3)), ((0, 0, .3), (-.15, 0, .9)), ((-.1, 0, .85), (.4, 0, .88)), ((0, 0, .3), (.4, 0, .85)), ((.38, 0, 1), (b, 0, r))): m.add(tube_tris(a, c, .035, n=6), paint, PAINT)
+        hub, crank, seat, head = (-b, 0, r), (0, 0, .3), (-.15, 0, .9), (.4, 0, .87)
+        for a, c in ((hub, seat), (hub, crank), (crank, seat), (seat, head), (crank, head), ((.38, 0, 1), (b, 0, r))): m.add(tube_tris(a, c, .035, n=6), paint, PAINT)
         m.add(box_tris((-.28, -.08, .9), (-.02, .08, .97)), .03)
     m.add(tube_tris((.38, -.3, 1.02), (.38, .3, 1.02), .03, n=6), .05)
     if rider: _person(m, rng, -.2, .95, True)
@@ -391,8 +400,8 @@ def pedestrian_mesh(
     s = rng.uniform(.95, 1.12); m.t = [t*np.float32(s) for t in m.t]
     return m, 'adult'
 
-# %% ../nbs/03_toy.ipynb #7e3a4897
-MIX = {'vehicle.car': .72, 'vehicle.truck': .08, 'vehicle.bus.rigid': .025, 'vehicle.trailer': .025, 'vehicle.construction': .02, 'vehicle.motorcycle': .065, 'vehicle.bicycle': .065}
+# %% ../nbs/03_toy.ipynb #52081a95
+MIX = {'vehicle.car': .72, 'vehicle.truck': .06, 'vehicle.bus.rigid': .025, 'vehicle.trailer': .025, 'vehicle.construction': .02, 'vehicle.motorcycle': .065, 'vehicle.bicycle': .065}
 
 def vertex_normals(
     tris:Float[ndarray, "n 3 3"], # Triangles, metres
@@ -412,7 +421,7 @@ def vertex_normals(
     n = (f[g]*((g >= 0) & (cos > math.cos(math.radians(max_angle))))[..., None]).sum(1)
     return (n/np.maximum(np.linalg.norm(n, axis=-1, keepdims=True), 1e-9)).reshape(-1, 3, 3).astype(np.float32)
 
-# %% ../nbs/03_toy.ipynb #37a3ca97
+# %% ../nbs/03_toy.ipynb #1a43370c
 @dataclass(frozen=True)
 class Actor:
     "How one identity looks, for life"
@@ -435,7 +444,8 @@ def make_actor(
     rng = np.random.default_rng([seed, 77, identity])
     drawn = str(rng.choice(list(MIX), p=np.array(list(MIX.values()))/sum(MIX.values())))
     category, rider = category or drawn, bool(rng.random() < .55)
-    make = {'vehicle.car': car_mesh, 'vehicle.truck': truck_mesh, 'vehicle.bus.rigid': bus_mesh, 'vehicle.trailer': trailer_mesh, 'vehicle.construction': construction_mesh, 'human.pedestrian.adult': pedestrian_mesh}
+    make = {'vehicle.car': car_mesh, 'vehicle.truck': truck_mesh, 'vehicle.bus.rigid': bus_mesh, 'vehicle.trailer': trailer_mesh,
+            'vehicle.construction': construction_mesh, 'human.pedestrian.adult': pedestrian_mesh}
     cycle = category in ('vehicle.motorcycle', 'vehicle.bicycle')
     m, style = cycle_mesh(rng, category == 'vehicle.motorcycle', rider) if cycle else make[category](rng)
     t, c, k = m.arrays()
@@ -501,7 +511,7 @@ def rects_touch(
             out = out & (p.max(-1) > q.min(-1)) & (q.max(-1) > p.min(-1))
     return out
 
-# %% ../nbs/03_toy.ipynb #2816a9b3
+# %% ../nbs/03_toy.ipynb #bec5afc3
 @dataclass
 class Scene:
     "All that happens in one scene, in the street's frame"
@@ -518,6 +528,7 @@ class Scene:
     modes:list # `parked`, `stopped`, `moving`
     poses:ndarray # t k 3, x y yaw
     to_world:ndarray # 4 4, street frame to global
+    img_size:tuple # Height and width of the images, px
     calib:dict # channel -> (sensor2ego 4 4, intrinsics 3 3 or None)
     gains:dict # channel -> exposure factor
     sun:ndarray # 3, towards the sun
@@ -525,14 +536,14 @@ class Scene:
 
 EGO_SIZE, EGO_CENTRE = (1.9, 4.4), 1.35 # Footprint (m); its centre lies ahead of the rear axle, where the ego frame is
 
-# %% ../nbs/03_toy.ipynb #7e0fe339
+# %% ../nbs/03_toy.ipynb #f4badee9
 def _candidates(rng, st, actor, t, ego):
     "One try: mode and poses (t 3) of an actor"
     x0, x1, n = ego[:, 0].min()-28, ego[:, 0].max()+38, len(t)
     w, l, _ = actor.size
     still = actor.category in ('vehicle.trailer', 'vehicle.construction') or actor.category in ('vehicle.bicycle', 'vehicle.motorcycle') and not actor.rider
     if actor.category.startswith('human'):
-        y = (st.half+rng.uniform(.7, st.walk-.5))*rng.choice([-1, 1]); v = rng.uniform(.8, 1.7)*(rng.random() < .75); d = rng.choice([-1, 1])
+        y = (st.half+rng.uniform(1.2, st.walk-.4))*rng.choice([-1, 1]); v = rng.uniform(.8, 1.7)*(rng.random() < .75); d = rng.choice([-1, 1])
         p = np.array([rng.uniform(x0, x1), y, 0 if d > 0 else np.pi])
         return ('moving' if v else 'stopped'), np.stack([p[0]+d*v*t, np.full(n, y), np.full(n, p[2]+rng.normal(0, .1 if v else 1.5))], -1)
     u = rng.random()
@@ -593,7 +604,7 @@ def populate(
             taken.append(rect); radii.append(r); keep.append(i); modes.append(got[0]); poses.append(got[1]); break
     return keep, modes, np.stack(poses, 1) if poses else np.zeros((len(t), 0, 3))
 
-# %% ../nbs/03_toy.ipynb #acea7601
+# %% ../nbs/03_toy.ipynb #71e35763
 def _town(rng, st, span):
     "Buildings, trees, lamps along the streets: mesh and places of the lamps"
     m, lamps = Mesh(), []
@@ -617,7 +628,7 @@ def _town(rng, st, span):
                     x += w+(0 if rng.random() < .7 else rng.uniform(2, 6))
         for side in (-1, 1):
             for x in np.arange(a+2, b-1, rng.uniform(8, 14)):
-                if rng.random() < .55: _tree(m, rng, x+rng.uniform(-1, 1), side*(st.half+.9))
+                if rng.random() < .55: _tree(m, rng, x+rng.uniform(-1, 1), side*(st.half+.6))
                 elif rng.random() < .4: _sign(m, rng, x, side*(st.half+.4))
             for x in (a+3+side*2, (a+b)/2+side*7, b-3):
                 y = side*(st.half+.5); lamps.append((x, y-side*1.8, 7.2))
@@ -626,7 +637,7 @@ def _town(rng, st, span):
     return m.arrays(), np.array(lamps)
 
 def _tree(m, rng, x, y):
-    h, r, c = rng.uniform(2.2, 3.2), rng.uniform(1.1, 2.), np.float32((.07, .13, .035))*rng.uniform(.7, 1.3)
+    h, r, c = rng.uniform(2.5, 3.5), rng.uniform(1.1, 1.9), np.float32((.07, .13, .035))*rng.uniform(.7, 1.3)
     m.add(tube_tris((x, y, 0), (x, y, h+.6), .14, r2=.09, n=7), (.09, .06, .04))
     for _ in range(3):
         ball = ball_tris((x+rng.normal(0, r*.3), y+rng.normal(0, r*.3), h+r*rng.uniform(.6, 1.1)), r*rng.uniform(.65, .9, 3))
@@ -668,7 +679,7 @@ def make_calib(
     out['LIDAR_TOP'] = _pose(_rot(np.radians(-90+rng.normal(0, .5)), *np.radians(rng.normal(0, .4, 2))), np.array([.94, 0, 1.84])+rng.normal(0, .01, 3)), None
     return out
 
-# %% ../nbs/03_toy.ipynb #3f01f273
+# %% ../nbs/03_toy.ipynb #87643d31
 def lidar_rays(
     n_azimuth:int, # Firings of a revolution
 )->tuple: # Unit directions (32*n 3) in the sensor frame, and their ring 0 to 31
@@ -685,7 +696,7 @@ def camera_rays(
 )->Float[ndarray, "n 3"]: # Unit directions in the camera frame
     "Rays through pixels"
     d = np.stack([(uv[:, 0]-k[0, 2])/k[0, 0], (uv[:, 1]-k[1, 2])/k[1, 1], np.ones(len(uv))], -1)
-    return (d/np.linalg.norm(d, axis=-1, keepdims=True)).astype(np.float32)
+    return (d/np.sqrt((d**2) @ np.ones(3))[:, None]).astype(np.float32)
 
 # %% ../nbs/03_toy.ipynb #cad8b48c
 def split_names(
@@ -707,7 +718,7 @@ def identity_of(
         if scene != group[0] and np.random.default_rng([cfg.seed, 5, scene, slot]).random() < cfg.returns: return identity_of(cfg, scene-1, slot)
     return scene*1000+slot
 
-# %% ../nbs/03_toy.ipynb #0b17b879
+# %% ../nbs/03_toy.ipynb #0211b482
 def make_scene(
     cfg:ToyConfig,
     index:int, # Number of the scene
@@ -733,16 +744,15 @@ def make_scene(
     az, el = rng.uniform(0, 2*np.pi), np.radians(rng.uniform(22, 60))
     cond = cfg.conditions[index % len(cfg.conditions)]
     return Scene(index, f'scene-{index+1:04d}', cond, st, static, lamps, t, ego, [want[i][1] for i in keep], [want[i][0] for i in keep], modes, poses,
-                 _pose(_rot(rng.uniform(0, 2*np.pi)), (*rng.uniform(600, 1800, 2), 0)), make_calib(rng, cfg.img_size),
+                 _pose(_rot(rng.uniform(0, 2*np.pi)), (*rng.uniform(600, 1800, 2), 0)), cfg.img_size, make_calib(rng, cfg.img_size),
                  {c: float(np.exp(rng.normal(0, .12))) for c in CAMS}, np.array([np.cos(az)*np.cos(el), np.sin(az)*np.cos(el), np.sin(el)]), (cfg.seed, 9, index))
 
-# %% ../nbs/03_toy.ipynb #156b35d8
+# %% ../nbs/03_toy.ipynb #95a7a99c
 def _embree(tris):
     try:
         from embreex import rtcore_scene
         from embreex.mesh_construction import TriangleMesh
-        import trimesh
-    except ImportError as e: raise ImportError("the toy world casts rays with trimesh and embreex: pip install 'bev_reid[toy]'") from e
+    except ImportError as e: raise ImportError("the toy world casts rays with embreex: pip install 'bev_reid[toy]'") from e
     s = rtcore_scene.EmbreeScene()
     TriangleMesh(s, np.ascontiguousarray(tris, np.float32))
     return s
@@ -785,8 +795,10 @@ def snapshot(
     tris = np.concatenate(tris)
     return Snapshot(scene, step, _embree(tris), np.concatenate(norms).astype(np.float32), np.concatenate(rgb), np.concatenate(kind), np.concatenate(obj))
 
-# %% ../nbs/03_toy.ipynb #bdc52e1d
-def _hash(a, b): 
+# %% ../nbs/03_toy.ipynb #ad231fb9
+def _norm(v): return np.sqrt(np.einsum('...i,...i->...', v, v))[..., None]       # several times as fast as numpy's for short vectors
+
+def _hash(a, b):
     h = np.sin(a*np.float32(12.9898)+b*np.float32(78.233))*np.float32(437.5853)
     return h-np.floor(h)
 
@@ -890,13 +902,13 @@ def _night(snap, p, n):
         out[near] += lit[:, None]*power
     return out
 
-# %% ../nbs/03_toy.ipynb #7e618705
+# %% ../nbs/03_toy.ipynb #9e849d42
 def _surface(snap, o, d, h, ok):
     "Points, normals towards the eye, colours, materials of the hits `ok`; window glass and a number for each window"
     pr, t = h['primID'][ok], h['tfar'][ok]
     p, rgb, kind = o[ok]+d[ok]*t[:, None], snap.rgb[pr], snap.kind[pr]
     w = np.stack([1-h['u'][ok]-h['v'][ok], h['u'][ok], h['v'][ok]], -1)
-    n = np.einsum('nk,nki->ni', w, snap.normals[pr]); n /= np.maximum(np.linalg.norm(n, axis=-1, keepdims=True), 1e-6)
+    n = np.einsum('nk,nki->ni', w, snap.normals[pr]); n /= np.maximum(_norm(n), 1e-6)
     n[np.einsum('ij,ij->i', n, d[ok]) > 0] *= -1
     g, wall, window, number = kind == GROUND, kind == WALL, np.zeros(len(ok), bool), np.zeros(len(ok), np.float32)
     rgb[g] = ground_rgb(snap.scene.street, p[g, 0], p[g, 1])*np.float32(.55 if snap.scene.condition == 'rain' else 1)
@@ -909,7 +921,7 @@ def _daylight(snap, p, n, near, rng):
     light = (.55+.45*n[:, 2:])*np.float32(zen)*.55+np.float32(hor)*.42*(1-.35*n[:, 2:])
     if rng is not None and len(near):
         q = n[near]+rng.normal(0, .35, (len(near), 3)).astype(np.float32)
-        roof = snap.embree.run(p[near], q/np.linalg.norm(q, axis=1, keepdims=True), query='DISTANCE')
+        roof = snap.embree.run(p[near], q/_norm(q), query='DISTANCE')
         light[near] *= np.where(roof < 2.9, np.float32(.3), np.float32(1))[:, None]
     if not np.any(sun): return light
     s = np.float32(snap.scene.sun); nl = np.clip(n @ s, 0, 1); lit = np.nonzero(nl > 0)[0]
@@ -944,7 +956,7 @@ def shade(
     out[ok] = col*f+np.float32(hor)*(1-f)*(.9 if sc.condition != 'night' else .3)
     return out, far, obj
 
-# %% ../nbs/03_toy.ipynb #7b97d8af
+# %% ../nbs/03_toy.ipynb #31e9d630
 def _reflect(snap, col, p, d, n, kind, light):
     "Add mirror light on paint, glass and water"
     sc = snap.scene; c = -np.einsum('ij,ij->i', d, n)
@@ -955,7 +967,7 @@ def _reflect(snap, col, p, d, n, kind, light):
         wet = kind == GROUND
         f = np.where(wet, (.03+.6*np.clip(1-c, 0, 1)**4)*np.clip(_noise(p[:, 0], p[:, 1], 2.1)*3-1.1, .12, 1), f)
         r = r+wet[:, None]*np.float32(.035)*np.stack([_noise(p[:, 0], p[:, 1], .05)-.5, _noise(p[:, 1], p[:, 0], .05)-.5, 0*c], -1)
-        r = (r/np.linalg.norm(r, axis=1, keepdims=True)).astype(np.float32)
+        r = (r/_norm(r)).astype(np.float32)
     env = sky_rgb(r, sc)
     h = cast_rays(snap.embree, p, r)
     hit = np.nonzero(h['primID'] >= 0)[0]; k = h['primID'][hit]
@@ -963,7 +975,7 @@ def _reflect(snap, col, p, d, n, kind, light):
     rgb[kk == GROUND] = .12
     lum = _night(snap, p[hit]+r[hit]*h['tfar'][hit][:, None], np.tile(np.float32((0, 0, 1)), (len(hit), 1))) if night else np.float32(hor)*.7+np.float32(sun)*.25
     env[hit] = rgb*lum+(kk == BULB)[:, None]*(4. if night else 0)
-    glint = 1.2*np.clip(r @ np.float32(sc.sun), 0, 1)**90*((light.max(1) > 1.6) & (kind != GROUND) & (sc.condition == 'day'))
+    glint = 1.2*np.clip(r @ np.float32(sc.sun), 0, 1)**90*((light[:, 0] > 1.6) & (kind != GROUND) & (sc.condition == 'day'))
     return (col*(1-f)[:, None]+env*f[:, None]+glint[:, None]).astype(np.float32)
 
 def _emit(snap, col, glow, kind, obj, home):
@@ -997,29 +1009,28 @@ def _tone(x):
     "Radiance to 0..1: Narkowicz's fit of the ACES film curve, then gamma 2"
     return np.sqrt(np.clip(x*(2.51*x+.03)/(x*(2.43*x+.59)+.14), 0, 1))
 
-# %% ../nbs/03_toy.ipynb #effdcfa4
+# %% ../nbs/03_toy.ipynb #1e67ffd8
 def render(
     snap:Snapshot,
     channel:str, # A camera
-    size:tuple, # Height and width, px
     *,
-    edge_rays:int=3, # More rays for a pixel on an edge
+    edge_rays:int=2, # More rays for a pixel on an edge
 )->tuple: # Image (h w 3) uint8, distance along the ray (h w) m, object (h w)
     "One photograph"
-    sc, (h, w) = snap.scene, size
+    sc, (h, w) = snap.scene, snap.scene.img_size
     cam = list(CAMS).index(channel) if channel in CAMS else 0
     rng = np.random.default_rng([*sc.seed, snap.step, cam])
-    uv = _pixels(size)
+    uv = _pixels(sc.img_size)
     rad, far, obj = shade(snap, *_view(snap, channel, uv), rng=rng)
-    lum = rad.reshape(h, w, 3)[h//3:].mean(-1)
+    lum = rad.reshape(h, w, 3)[h//3:] @ np.float32((.3, .5, .2))
     key = {'day': .155, 'rain': .19, 'night': .075}[sc.condition]
     gain = np.float32((key/np.exp(np.log(lum+1e-3).mean()))**.8*sc.gains.get(channel, 1.)*1.3)
     gain = np.clip(gain, .2, {'day': 2, 'rain': 2, 'night': 2.5}[sc.condition])
     if edge_rays:
-        t = _tone(rad*gain).reshape(h, w, 3); ids = obj.reshape(h, w)
+        t = (_tone(rad*gain) @ np.float32((.3, .5, .2))).reshape(h, w); ids = obj.reshape(h, w)
         e = np.zeros((h, w), bool)
         for a in (0, 1):
-            x = (np.abs(np.diff(t, axis=a)).max(-1) > .09) | (np.diff(ids, axis=a) != 0)
+            x = (np.abs(np.diff(t, axis=a)) > .09) | (np.diff(ids, axis=a) != 0)
             if a == 0: e[1:] |= x; e[:-1] |= x
             else: e[:, 1:] |= x; e[:, :-1] |= x
         i = np.nonzero(e.ravel())[0]
@@ -1049,7 +1060,23 @@ def _develop(rad, sc, rng):
     img += rng.normal(0, {'day': .008, 'rain': .010, 'night': .022}[sc.condition], img.shape).astype(np.float32)
     return (np.clip(img, 0, 1)*255+.5).astype(np.uint8)
 
-# %% ../nbs/03_toy.ipynb #0838ec1c
+# %% ../nbs/03_toy.ipynb #790fe9e5
+def portrait(
+    actor:Actor,
+    *,
+    yaw:float=2.4, # Heading, radians; 0 shows the back, pi the front
+    size:tuple=(120, 192), # Height and width, px
+    condition:str='day', # `day`, `night`, `rain`
+)->ndarray: # Image (h w 3) uint8
+    "A photograph of one actor alone"
+    m, f, d = Mesh(), size[1]*1.25, max(actor.size[1], 3.2)*1.35
+    m.quad((-600, -600, 0), (600, -600, 0), (600, 600, 0), (-600, 600, 0), .2, GROUND)
+    cam = _pose(_rot(0, .16) @ np.array([[0., 0, 1], [-1, 0, 0], [0, -1, 0]]), (-d-.5, 0, .75+d*.22))
+    sc = Scene(0, 'studio', condition, Street((1.9,), 90., 6.2, 5000., 3.), m.arrays(), np.array([(-3., 4., 7.)]), np.zeros(1), np.zeros((1, 3)), [actor], [0], ['stopped'], np.array([[[0, 0, yaw]]]),
+               np.eye(4), size, {'CAM_FRONT': (cam, np.array([[f, 0, size[1]/2], [0, f, size[0]*.5], [0, 0, 1]]))}, {}, np.array([-.5, .45, .74]), (0, 0, 0))
+    return render(snapshot(sc, 0), 'CAM_FRONT')[0]
+
+# %% ../nbs/03_toy.ipynb #1ea528fb
 def scan(
     snap:Snapshot,
     n_azimuth:int=1085, # Firings of a revolution
@@ -1062,7 +1089,7 @@ def scan(
     h = cast_rays(snap.embree, np.broadcast_to(np.float32(pose[:3, 3]), d.shape), d)
     pr, t = h['primID'], h['tfar']
     kind, grey = snap.kind[pr], snap.rgb[pr].mean(-1)
-    n = h['Ng']/np.maximum(np.linalg.norm(h['Ng'], axis=-1, keepdims=True), 1e-9)
+    n = h['Ng']/np.maximum(_norm(h['Ng']), 1e-9)
     cos = np.abs(np.einsum('ij,ij->i', n, d))
     reach = np.where(grey > .1, 100., 75.)*(.6 if sc.condition == 'rain' else 1)
     keep = (pr >= 0) & (t < reach*np.sqrt(np.clip(cos*4, .1, 1))) & (rng.random(len(t)) > np.where(kind == GLASS, .6, .02)+(.08 if sc.condition == 'rain' else 0))
@@ -1072,7 +1099,7 @@ def scan(
     pts = np.concatenate([local*t[:, None], np.round(i)[:, None], ring[:, None]], 1).astype(np.float32)
     return pts[keep], snap.obj[pr[keep]]
 
-# %% ../nbs/03_toy.ipynb #72c58dc3
+# %% ../nbs/03_toy.ipynb #a0ac0210
 def visible_share(
     snap:Snapshot,
     ids:dict, # channel -> object of each pixel (h w)
@@ -1098,7 +1125,7 @@ def visible_share(
             if u0 >= u1 or v0 >= v1: continue
             s = max(1, math.ceil(math.sqrt((u1-u0)*(v1-v0)/max_rays)))
             vv, uu = np.mgrid[v0:v1:s, u0:u1:s]
-            d = camera_rays(K, np.stack([uu.ravel(), vv.ravel()], -1)) @ np.float32(cam[:3, :3]).T
+            d = camera_rays(K, np.stack([uu.ravel(), vv.ravel()], -1).astype(np.float32)) @ np.float32(cam[:3, :3]).T
             r = np.float32(_rot(p[2]))
             o = np.broadcast_to((np.float32(cam[:3, 3])-np.float32([p[0], p[1], 0])) @ r, d.shape)
             mask = (cast_rays(solo[i], o, d @ r)['primID'] >= 0)
@@ -1158,7 +1185,7 @@ def _sensor_rows(cfg, sc, root, step, ch, key, data, rows):
 
 def _stamp(sc, step): return 1_600_000_000_000_000+sc.index*1_000_000_000+round(sc.times[step]*1e6)
 
-# %% ../nbs/03_toy.ipynb #5742b6f0
+# %% ../nbs/03_toy.ipynb #f9ef5a09
 def _annotate(cfg, sc, snap, step, k, share, seen, hits, rows):
     "Rows of sample_annotation of one keyframe"
     gap = cfg.sweeps+1
@@ -1169,9 +1196,10 @@ def _annotate(cfg, sc, snap, step, k, share, seen, hits, rows):
         speed = np.hypot(*(sc.poses[j1, i, :2]-sc.poses[j0, i, :2]))/max(sc.times[j1]-sc.times[j0], 1e-9)
         world = sc.to_world @ _pose(_rot(p[2]), (p[0], p[1], a.size[2]/2))
         rows['sample_annotation'].append(dict(token=tok, sample_token=_token(cfg.seed, sc.name, 'sample', k), instance_token=inst, visibility_token=str(1+sum(share[i] >= l for l in LEVELS)),
-            attribute_tokens=[_token('attribute', attribute_of(a, sc.modes[i], speed))], translation=world[:3, 3].tolist(), size=list(a.size), rotation=_quat(world), prev='', next='', num_lidar_pts=int(hits[i]), num_radar_pts=0))
+            attribute_tokens=[_token('attribute', attribute_of(a, sc.modes[i], speed))], translation=world[:3, 3].tolist(), size=list(a.size),
+            rotation=_quat(world), prev='', next='', num_lidar_pts=int(hits[i]), num_radar_pts=0))
 
-# %% ../nbs/03_toy.ipynb #cf3b95e4
+# %% ../nbs/03_toy.ipynb #5cf67659
 def _chains(cfg, sc, rows):
     "Link annotations of an instance, and make the rows of instances, samples, scene, log, calibration"
     by = {}
@@ -1179,18 +1207,21 @@ def _chains(cfg, sc, rows):
     for rs in by.values():
         for a, b in zip(rs, rs[1:]): a['next'], b['prev'] = b['token'], a['token']
     cat = {_token(cfg.seed, sc.name, 'instance', i): (a.category, i) for a, i in zip(sc.actors, sc.ids)}
-    rows['instance'] = [dict(token=t, category_token=_token('category', cat[t][0]), nbr_annotations=len(rs), first_annotation_token=rs[0]['token'], last_annotation_token=rs[-1]['token']) for t, rs in by.items()]
+    rows['instance'] = [dict(token=t, category_token=_token('category', cat[t][0]), nbr_annotations=len(rs),
+        first_annotation_token=rs[0]['token'], last_annotation_token=rs[-1]['token']) for t, rs in by.items()]
     rows['identity'] = {t: cat[t][1] for t in by}
     toks = [_token(cfg.seed, sc.name, 'sample', k) for k in range(cfg.n_samples)]
     scene, log = _token(cfg.seed, sc.name, 'scene'), _token(cfg.seed, sc.name, 'log')
     rows['sample'] = [dict(token=t, timestamp=_stamp(sc, k*(cfg.sweeps+1)), prev=toks[k-1] if k else '', next=toks[k+1] if k+1 < len(toks) else '', scene_token=scene) for k, t in enumerate(toks)]
     moving = sum(m == 'moving' and a.category.startswith('vehicle') for m, a in zip(sc.modes, sc.actors))
-    rows['scene'] = [dict(token=scene, log_token=log, nbr_samples=len(toks), first_sample_token=toks[0], last_sample_token=toks[-1], name=sc.name, description=f"{sc.condition.capitalize()}, toy town, {sc.modes.count('parked')} parked vehicles, {moving} moving")]
+    rows['scene'] = [dict(token=scene, log_token=log, nbr_samples=len(toks), first_sample_token=toks[0], last_sample_token=toks[-1], name=sc.name,
+        description=f"{sc.condition.capitalize()}, toy town, {sc.modes.count('parked')} parked vehicles, {moving} moving")]
     rows['log'] = [dict(token=log, logfile=f'toy-{sc.index+1:04d}', vehicle='toy', date_captured='2020-09-13', location='toy-town')]
-    rows['calibrated_sensor'] = [dict(token=_token(cfg.seed, sc.name, 'calib', ch), sensor_token=_token('sensor', ch), translation=p[:3, 3].tolist(), rotation=_quat(p), camera_intrinsic=K.tolist() if K is not None else []) for ch, (p, K) in sc.calib.items()]
+    rows['calibrated_sensor'] = [dict(token=_token(cfg.seed, sc.name, 'calib', ch), sensor_token=_token('sensor', ch),
+        translation=p[:3, 3].tolist(), rotation=_quat(p), camera_intrinsic=K.tolist() if K is not None else []) for ch, (p, K) in sc.calib.items()]
     for r in rows['sample_data']: r.pop('_ch')
 
-# %% ../nbs/03_toy.ipynb #952c2ca0
+# %% ../nbs/03_toy.ipynb #04d3b915
 def write_scene(
     cfg:ToyConfig,
     root:Path, # Folder of the data set, unfinished
@@ -1208,14 +1239,14 @@ def write_scene(
         if not key: continue
         ids = {}
         for ch in CAMS:
-            img, _, ids[ch] = render(snap, ch, cfg.img_size, edge_rays=cfg.edge_rays)
+            img, _, ids[ch] = render(snap, ch, edge_rays=cfg.edge_rays)
             _sensor_rows(cfg, sc, root, step, ch, True, _jpeg(img, cfg.jpeg_quality), rows)
         _annotate(cfg, sc, snap, step, step//(cfg.sweeps+1), *visible_share(snap, ids, solo), np.bincount(hit[hit >= 0], minlength=len(sc.actors)), rows)
     _chains(cfg, sc, rows)
     _write(done, json.dumps(rows).encode())
     return done
 
-# %% ../nbs/03_toy.ipynb #e35444e0
+# %% ../nbs/03_toy.ipynb #b93ecacb
 def _finish(cfg, part):
     "Join the scenes' rows into the thirteen tables"
     rows = [json.loads((part/'scenes'/f'{i:04d}.json').read_text()) for i in range(cfg.n_scenes)]
@@ -1223,7 +1254,8 @@ def _finish(cfg, part):
     tables = {n: [r for x in rows for r in x[n]] for n in names}
     tables['category'] = [dict(token=_token('category', k), name=k, description=v) for k, v in CATEGORIES.items()]
     tables['attribute'] = [dict(token=_token('attribute', k), name=k, description=k.replace('.', ' ')) for k in ATTRIBUTES]
-    tables['visibility'] = [dict(token=str(i+1), level=l, description=f'visibility of whole object is between {l[1:].replace("-", " and ")}%') for i, l in enumerate(('v0-40', 'v40-60', 'v60-80', 'v80-100'))]
+    levels = ('v0-40', 'v40-60', 'v60-80', 'v80-100')
+    tables['visibility'] = [dict(token=str(i+1), level=l, description=f'visibility of whole object is between {l[1:].replace("-", " and ")}%') for i, l in enumerate(levels)]
     tables['sensor'] = [dict(token=_token('sensor', c), channel=c, modality='camera' if c in CAMS else 'lidar') for c in (*CAMS, 'LIDAR_TOP')]
     mask = _token('map')
     tables['map'] = [dict(token=mask, category='semantic_prior', filename=f'maps/{mask}.png', log_tokens=[r['token'] for r in tables['log']])]
@@ -1238,9 +1270,10 @@ def _finish(cfg, part):
 
 VERSION, FORMAT = 'v1.0-toy', 1
 def _stored(cfg): return json.loads(json.dumps(dict(format=FORMAT, **asdict(cfg))))
+def _restored(d): return ToyConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k != 'format'})
 
-# %% ../nbs/03_toy.ipynb #be07020d
-def _job(cfg, part, index): write_scene(ToyConfig(**json.loads(cfg)), Path(part), int(index))
+# %% ../nbs/03_toy.ipynb #157c2ce7
+def _job(cfg, part, index): write_scene(_restored(json.loads(cfg)), Path(part), int(index))
 
 def _run_jobs(cfg, part, todo, workers, progress):
     "Make scenes, each in a process that imports this module alone (no `__main__` needed, as `spawn` would)"
@@ -1251,7 +1284,8 @@ def _run_jobs(cfg, part, todo, workers, progress):
     running = []
     def job(i):
         if workers == 1: return write_scene(cfg, part, i)
-        p = subprocess.Popen([sys.executable, '-c', 'import sys; from bev_reid.toy import _job; _job(*sys.argv[1:])', json.dumps(asdict(cfg)), str(part), str(i)], env=env, stderr=subprocess.PIPE, text=True)
+        code = 'import sys; from bev_reid.toy import _job; _job(*sys.argv[1:])'
+        p = subprocess.Popen([sys.executable, '-c', code, json.dumps(_stored(cfg)), str(part), str(i)], env=env, stderr=subprocess.PIPE, text=True)
         running.append(p); err = p.communicate()[1]
         if p.returncode: raise OSError(f'scene {i} of the toy world failed (exit {p.returncode}): {(err.strip().splitlines() or ["no message"])[-1]}')
     pool = ThreadPoolExecutor(workers)
@@ -1264,7 +1298,7 @@ def _run_jobs(cfg, part, todo, workers, progress):
         pool.shutdown(wait=False, cancel_futures=True)
         for p in running: p.poll() is None and p.terminate()
 
-# %% ../nbs/03_toy.ipynb #fd349323
+# %% ../nbs/03_toy.ipynb #3ff39545
 def make_toy(
     out:str|Path, # Folder to write, new
     config:ToyConfig|None=None, # Settings; default where None
@@ -1276,6 +1310,7 @@ def make_toy(
     "Write the toy world in nuScenes v1.0 format; NuScenes('v1.0-toy', out) loads it"
     unknown = set(overrides)-{f.name for f in fields(ToyConfig)}
     if unknown: raise ValueError(f"unknown options {sorted(unknown)}: ToyConfig has {[f.name for f in fields(ToyConfig)]}")
+    if workers is not None and workers < 1: raise ValueError(f'workers must be at least 1, got {workers}')
     cfg, out = replace(config or ToyConfig(), **overrides), Path(out)
     mark = out/VERSION/'toy.json'
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -1285,10 +1320,14 @@ def make_toy(
         raise ValueError(f'{out} holds {diff}; choose another folder or remove it')
     part = out.with_name(out.name+'.part')
     started = part/'config.json'
-    if part.exists() and (not started.exists() or json.loads(started.read_text()) != _stored(cfg)): shutil.rmtree(part)
+    _embree(np.zeros((1, 3, 3)))                                    # the extra is missing? say so before any work
+    if part.exists() and any(part.iterdir()):
+        if not started.exists(): raise ValueError(f'{part} is in the way and no unfinished toy world: remove it')
+        if json.loads(started.read_text()) != _stored(cfg):
+            logging.getLogger(__name__).warning('%s was left by a run with other settings: starting afresh', part)
+            shutil.rmtree(part)
     _write(started, json.dumps(_stored(cfg)).encode())
     todo = [i for i in range(cfg.n_scenes) if not (part/'scenes'/f'{i:04d}.json').exists()]
-    _embree(np.zeros((1, 3, 3)))                                    # the extra is missing? say so before any work
     _run_jobs(cfg, part, todo, min(workers or os.cpu_count() or 1, max(len(todo), 1)), progress)
     _finish(cfg, part)
     started.unlink()
@@ -1296,14 +1335,13 @@ def make_toy(
     os.replace(part, out)
     return out
 
-# %% ../nbs/03_toy.ipynb #f99a9940
+# %% ../nbs/03_toy.ipynb #c2bea1f5
 def toy_truth(
     root:str|Path, # Folder of a toy world
     sample_token:str, # A keyframe of it
 )->dict: # channel -> (instance tokens' index (h w), depth along the optical axis (h w) m); `instances` lists the tokens; -1 is scenery, -2 sky
     "Which object each pixel shows and how far it is, rendered again"
-    stored = json.loads((Path(root)/VERSION/'toy.json').read_text()); stored.pop('format')
-    cfg = ToyConfig(**stored)
+    cfg = _restored(json.loads((Path(root)/VERSION/'toy.json').read_text()))
     found = [(s, k) for s in range(cfg.n_scenes) for k in range(cfg.n_samples) if _token(cfg.seed, f'scene-{s+1:04d}', 'sample', k) == sample_token]
     if not found: raise ValueError(f'no sample {sample_token!r} in {root}')
     sc = make_scene(cfg, found[0][0]); snap = snapshot(sc, found[0][1]*(cfg.sweeps+1))

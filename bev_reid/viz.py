@@ -8,14 +8,14 @@ __all__ = ['GREY', 'RIGHT', 'WRONG', 'INK', 'PALETTE', 'EDGES', 'FRONT', 'to_np'
            'show_bev_boxes', 'show_bev', 'crop_pics', 'show_crops', 'show_retrieval', 'plain', 'styles', 'show_cmc',
            'show_curves', 'show_embeddings', 'fig_to_html']
 
-# %% ../nbs/01_viz.ipynb #b1062d4c
+# %% ../nbs/01_viz.ipynb #03fe0af3
 import base64, io, zlib
 
 import numpy as np
 import torch
 import matplotlib.pyplot as plt
 from matplotlib.collections import LineCollection, PolyCollection
-from matplotlib.colors import to_rgb as color2rgb
+from matplotlib.colors import to_rgb as color2rgb, to_rgba_array
 from jaxtyping import Bool, Float
 from numpy import ndarray
 from torch import Tensor
@@ -123,7 +123,7 @@ def box_segments(
     uvd = project(ends.reshape(-1, 3), intrins, torch.eye(4).to(a), None if img_aug is None else img_aug.double())
     return uvd[:, :2].reshape(-1, 12, 2, 2).float()
 
-# %% ../nbs/01_viz.ipynb #316c99a1
+# %% ../nbs/01_viz.ipynb #8e2d0458
 def show_boxes(
     ax, # Axes to draw on
     boxes:Float[Tensor, "k 7"], # Ego frame
@@ -137,8 +137,8 @@ def show_boxes(
     lw:float=1., # Line width, points
 )->plt.Axes: # The axes
     "Draw boxes as wireframes on an image; the front of each is thicker"
-    seg = box_segments(boxes, intrins, cam2ego, img_aug=img_aug).numpy()
-    rgb = np.broadcast_to(np.asarray([color2rgb(c) for c in colors] if np.ndim(colors) and not isinstance(colors[0], float) else color2rgb(colors or '#e69f00')).reshape(-1, 3), (len(seg), 3))
+    seg = to_np(box_segments(boxes, intrins, cam2ego, img_aug=img_aug))
+    rgb = np.broadcast_to(to_rgba_array('#e69f00' if colors is None else colors), (len(seg), 4))
     for i, s in enumerate(seg):
         ok = ~np.isnan(s).any((1, 2))
         lo, hi = (s[ok].min((0, 1)), s[ok].max((0, 1))) if ok.any() else (np.full(2, np.inf), np.full(2, -np.inf))
@@ -148,7 +148,7 @@ def show_boxes(
     ax.set(xlim=(-.5, size[1]-.5), ylim=(size[0]-.5, -.5))
     return ax
 
-# %% ../nbs/01_viz.ipynb #6e5b7848
+# %% ../nbs/01_viz.ipynb #2995ba6c
 def show_points(
     ax, # Axes to draw on
     points:Float[Tensor, "n m"], # x y z (and more, ignored) in the ego frame, metres
@@ -164,7 +164,7 @@ def show_points(
     uvd = project(points[:, :3].double(), intrins.double(), cam2ego.double())
     seen = uvd[:, 2] > .1
     if img_aug is not None: uvd = transform_points(uvd, img_aug.double())
-    u, v, d = uvd[seen & in_image(uvd, size)].numpy().T
+    u, v, d = to_np(uvd[seen & in_image(uvd, size)]).T
     ax.scatter(u, v, c=d, s=s, cmap='plasma_r', vmin=0, vmax=max_depth, linewidths=0)
     ax.set(xlim=(-.5, size[1]-.5), ylim=(size[0]-.5, -.5))
     return ax
@@ -246,7 +246,7 @@ def show_bev_boxes(
     for i, (y, x) in enumerate(yx.mean(1) if labels is not None else []): ax.text(y, x, str(labels[i]), color=rgb[i], fontsize=7, clip_on=True)
     return ax
 
-# %% ../nbs/01_viz.ipynb #17b00d03
+# %% ../nbs/01_viz.ipynb #1d44d88d
 def show_bev(
     bev, # (c x y) or (x y); more than three channels become their main components; None draws an empty grid
     grid:BEVGrid, # Where the cells lie
@@ -268,7 +268,7 @@ def show_bev(
         if pic.ndim == 3: pic = pca_rgb(torch.as_tensor(pic).float())
     ax = new_axes()[0, 0] if ax is None else ax
     if bev is not None: ax.imshow(pic.astype(float), origin='lower', extent=(ylo, yhi, xlo, xhi), interpolation='nearest', vmin=vmin, vmax=vmax, cmap=plt.get_cmap(cmap).with_extremes(bad=GREY))
-    if points is not None: ax.scatter(points[:, 1], points[:, 0], s=.4, c='k' if bev is None else 'w', linewidths=0)
+    if points is not None: ax.scatter(*to_np(points)[:, [1, 0]].T, s=.4, c='k' if bev is None else 'w', linewidths=0)
     if boxes is not None: show_bev_boxes(ax, boxes, ids=ids)
     ax.plot(0, 0, marker='^', c='w', mec='k', ms=6)
     ax.set(xlim=(yhi, ylo), ylim=(xlo, xhi), aspect='equal')

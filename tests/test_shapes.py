@@ -66,3 +66,47 @@ show_retrieval(torch.rand(2, 6, 8, 8), torch.rand(2, 3, 6, 8, 8), correct=torch.
 show_cmc({'a': torch.rand(9)}); show_curves({'a': (range(3), [1., 2, 3])}); show_embeddings(torch.rand(5, 8), list('aabbc'))
 assert fig_to_html(ax.figure).startswith('<img')
 ''', 'geometry', 'viz')
+
+def test_bev_pool():
+    checked('''
+from bev_reid.geometry import BEVGrid
+from bev_reid.bev_pool import bev_pool, make_plan
+grid = BEVGrid(xbound=(-4, 4, 1), ybound=(-4, 4, 1))
+geom = torch.rand(2, 3, 4, 5, 6, 3)*10-5
+plan = make_plan(geom, grid)
+assert bev_pool(torch.rand(2, 3, 4, 5, 6), torch.rand(2, 3, 7, 5, 6), plan).shape == (2, 7, 8, 8)
+assert bev_pool(torch.rand(2, 3, 4, 5, 6), torch.rand(2, 3, 7, 5, 6), make_plan(geom+99, grid)).abs().sum() == 0
+''', 'geometry', 'bev_pool')
+
+def test_crops():
+    checked('''
+from bev_reid.geometry import BEVGrid
+from bev_reid.crops import CropConfig, coverage, crop_bev, crop_points, image_boxes
+grid, cfg, boxes, k = BEVGrid(), CropConfig(size=12), torch.rand(5, 7)+1, torch.tensor([0, 0, 1, 1, 1])
+assert crop_points(boxes, cfg).shape == (5, 12, 12, 2)
+assert crop_bev(torch.rand(2, 6, 200, 200), boxes, k, grid=grid, cfg=cfg).shape == (5, 6, 12, 12)
+assert crop_bev(torch.rand(2, 6, 200, 200), boxes[:0], k[:0], grid=grid, cfg=cfg).shape == (0, 6, 12, 12)
+assert coverage(torch.ones(2, 1, 200, 200), boxes, k, grid=grid).shape == (5,)
+''', 'geometry', 'crops')
+
+def test_metric():
+    checked('''
+from bev_reid.metric import CosineMetricNet, CosineSoftmax, MetricConfig, batch_monitors, embed, magnet_loss, triplet_loss
+net, crops, y = CosineMetricNet(MetricConfig.toy(in_channels=5, crop_size=(16, 16))), torch.rand(6, 5, 16, 16), torch.tensor([0, 0, 1, 1, 2, 2])
+emb = net(crops)
+assert emb.shape == (6, 64) and embed(net, crops.numpy()).shape == (6, 64) and embed(net, crops[:0]).shape == (0, 64)
+assert triplet_loss(emb, y).shape == (6,) and magnet_loss(emb, y).shape == (6,)
+batch_monitors(emb, y)
+''', 'metric')
+
+def test_evaluate():
+    checked('''
+from bev_reid.evaluate import Observations, all_observations, distances, evaluate_ranking, junk_mask, position_features
+x = np.random.rand(9, 4)
+ids, frames = np.arange(9) % 3, np.array([f's{i//3}' for i in range(9)])
+assert distances(x, x[:5]).shape == (9, 5) and distances(torch.rand(3, 4), torch.rand(2, 4), metric='euclidean').shape == (3, 2)
+obs = Observations(ids, frames, np.arange(9)//3*3., np.array(['a']*9))
+assert junk_mask(obs, obs).shape == (9, 9) and position_features(np.random.rand(9, 3)).shape == (9, 2)
+evaluate_ranking(distances(x, x), ids, ids, junk=np.eye(9, dtype=bool))
+all_observations(x, obs).to_dict()
+''', 'evaluate')

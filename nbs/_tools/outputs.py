@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT/'nbs'
-MAX_NB, MAX_OUTPUT, MAX_ALL, MAX_CELLS = 400_000, 150_000, 6_000_000, 90
+MAX_NB, MAX_OUTPUT, MAX_ALL = 400_000, 150_000, 6_000_000
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 SECRETS = re.compile(r'(?<![\w.])/(?:home|root|tmp|work|Users)/\w|CPU times:|Wall time:|\d(?:it/s|s/it)\b')
 
@@ -130,19 +130,19 @@ def run(path, flags=(), timeout=1800):
     "Run a notebook and store its outputs; returns whether the file changed"
     import nbformat
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
+    from nbclient.exceptions import CellControlSignal, DeadKernelError
     nb = nbformat.read(path, as_version=4)
     name = path.relative_to(NBS)
     def warn(text): print(f'  {name}: {text.strip()[:400]}', file=sys.stderr)
     old = {c['id']: (source(c), c.get('outputs', [])) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if 'id' in c}
-    client = NotebookClient(nb, timeout=timeout, kernel_name='python3', resources=dict(metadata=dict(path=str(path.parent))))
+    client = NotebookClient(nb, timeout=timeout, kernel_name='python3', extra_arguments=['--log-level=ERROR'], resources=dict(metadata=dict(path=str(path.parent))))
     ran = {}
     with client.setup_kernel():
         for i, cell in enumerate(nb.cells):
             if cell.cell_type != 'code' or skipped(cell, flags): continue
             if 'nbdev_export(' in cell.source: ran[cell.id] = []; continue # The export is a step of its own
             try: client.execute_cell(cell, i)
-            except CellExecutionError as e: raise SystemExit(f'{name}, cell {cell.id}:\n{e}')
+            except (CellControlSignal, DeadKernelError) as e: raise SystemExit(f'{name}, cell {cell.id}:\n'+re.sub(r'\x1b\[[\d;]*m', '', str(e)))
             ran[cell.id] = cell.outputs
     new = {i: tidy(json.loads(json.dumps(o)), client.widget_state, client.widget_buffers, old.get(i, ('', []))[1], warn) for i, o in ran.items()}
     return store(path, {i: (old[i][0], o) for i, o in new.items() if i in old})
@@ -183,7 +183,6 @@ def check(path):
     ids = [c.get('id') for c in nb['cells']]
     if None in ids or len(set(ids)) < len(ids): bad.append('cell ids are missing or double: run nbdev_clean')
     elif text_of(json.loads(text)) != text: bad.append('not clean: run nbdev_clean')
-    if len(ids) > MAX_CELLS: bad.append(f'{len(ids)} cells, at most {MAX_CELLS}: split it')
     for c in nb['cells']:
         where = f"cell {c.get('id')}"
         if len(json.dumps(c.get('outputs', []))) > MAX_OUTPUT: bad.append(f'{where}: an output of more than {MAX_OUTPUT/1e3:.0f} kB')

@@ -104,6 +104,10 @@ def entry(name, mod, syms, known, level=0, kind=None):
     lines += [f':module: {mod}'] if not level else []
     lines += ['', linkify(inspect.cleandoc(ast.get_docstring(node) or ''), syms, mod, known, own), '']
     for p, anno, line in params:
+        if isinstance(anno, ast.Call): # A command's Param(help, ...): the text is its docment
+            notes.setdefault(line, next((a.value for a in anno.args if isinstance(a, ast.Constant) and isinstance(a.value, str)), ''))
+            anno = None
+        elif isinstance(anno, ast.Name) and anno.id[0] == '_': anno = None
         if anno or line in notes: lines += [f':param {p}: {oneline(notes.get(line))}'.rstrip()]+([f':type {p}: {typ(anno)}'] if anno else [])
     if getattr(node, 'returns', None) is not None and kind != 'property':
         last = max([node.returns.end_lineno, *(l for *_, l in params)])
@@ -242,7 +246,7 @@ def configuration(settings, syms):
         nb_execution_mode='off', nb_merge_streams=True, myst_heading_anchors=3, numfig=True,
         myst_enable_extensions=['amsmath', 'attrs_block', 'attrs_inline', 'colon_fence', 'deflist', 'dollarmath', 'fieldlist', 'html_image'],
         add_module_names=False, python_display_short_literal_types=True, toc_object_entries=True, toc_object_entries_show_parents='hide',
-        html_theme='furo', html_title=settings['title'], html_static_path=[str(STATIC)], html_css_files=['style.css'], html_favicon=str(STATIC/'mark.svg'), html_logo=str(STATIC/'mark.svg'),
+        highlight_language='text', html_theme='furo', html_title=settings['title'], html_static_path=[str(STATIC)], html_css_files=['style.css'], html_favicon=str(STATIC/'mark.svg'), html_logo=str(STATIC/'mark.svg'),
         html_theme_options=dict(light_css_variables=light, dark_css_variables=dark, source_repository=settings['git_url'], source_branch=settings['branch'], top_of_page_buttons=[],
             footer_icons=[dict(name='GitHub', url=settings['git_url'], html='GitHub')]),
         html_show_sourcelink=False, html_copy_source=False, html_show_sphinx=False, html_last_updated_fmt=None, pygments_style='friendly',
