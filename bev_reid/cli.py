@@ -6,8 +6,8 @@
 __all__ = ['verb', 'set_fields', 'bev_reid_toy', 'bev_reid_train_lss', 'bev_reid_eval_lss', 'bev_reid_dataset', 'bev_reid_train',
            'bev_reid_eval', 'bev_reid_show', 'bev_reid_demo']
 
-# %% ../nbs/11_cli.ipynb #77d45e35
-import json, os, re, signal, sys
+# %% ../nbs/11_cli.ipynb #48892ac2
+import ast, json, os, re, signal, sys
 
 # %% ../nbs/11_cli.ipynb #95c23a23
 _command = os.path.splitext(os.path.basename(sys.argv[0]))[0]   # the verb, where this process runs one
@@ -19,12 +19,11 @@ def _stop(*_):
 
 if _command.startswith('bev_reid_') and signal.getsignal(signal.SIGINT) == signal.default_int_handler: signal.signal(signal.SIGINT, _stop)
 
-# %% ../nbs/11_cli.ipynb #e3443e7d
+# %% ../nbs/11_cli.ipynb #7d4e74c1
 from dataclasses import fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 
-import numpy as np
 import torch
 from fastcore.script import Param, call_parse
 
@@ -56,29 +55,39 @@ def verb(
     if _command == func.__name__: sys.argv[1:] = [re.sub(r'^--[\w-]+', lambda m: '--'+m[0][2:].replace('-', '_'), a) for a in sys.argv[1:]]   # --skip-missing is --skip_missing
     return call_parse(run)
 
-# %% ../nbs/11_cli.ipynb #4fd9581a
+# %% ../nbs/11_cli.ipynb #00a4745e
+def _value(text):
+    "JSON, or a Python literal ('.5' is no JSON), or the word itself"
+    for read in json.loads, ast.literal_eval:
+        try: return read(text)
+        except (ValueError, SyntaxError): pass
+    return text
+
+# %% ../nbs/11_cli.ipynb #90b7c9a5
 def set_fields(
     cfg, # Configuration dataclass
     pairs:list, # `dotted.name=value`, values as JSON or plain words
 ): # A changed copy
     "Change fields of a nested configuration by name"
+    changes, parts = {}, {}   # made together: half of them may not fit the other half of before
     for pair in pairs or []:
         name, eq, text = pair.partition('=')
-        try: value = json.loads(text)
-        except json.JSONDecodeError: value = text
+        value = _value(text)
         head, _, rest = name.partition('.')
         known = [f.name for f in fields(cfg)]
         if not eq or head not in known: raise ValueError(f"--set {pair}: {'no value is given' if not eq else f'there is no {head!r}'}; {type(cfg).__name__} has {', '.join(known)}")
         old = getattr(cfg, head)
         if rest:
             if not is_dataclass(old): raise ValueError(f"--set {pair}: {head} has no parts")
-            value = set_fields(old, [f'{rest}={text}'])
-        elif is_dataclass(old): raise ValueError(f"--set {pair}: {head} is a group; name one of its parts: {', '.join(f'{head}.{f.name}' for f in fields(old))}")
-        elif isinstance(value, list): value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
-        elif isinstance(old, (int, float)) and isinstance(value, str) and re.fullmatch(r'[-+]?(\d+\.?|\.\d)\d*(e[-+]?\d+)?', value): value = float(value)   # .5 and 1. are no JSON
+            parts.setdefault(head, []).append(f'{rest}={text}'); continue
+        if is_dataclass(old): raise ValueError(f"--set {pair}: {head} is a group; name one of its parts: {', '.join(f'{head}.{f.name}' for f in fields(old))}")
+        if isinstance(value, (list, tuple)): value = tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
         elif isinstance(old, (int, float)) and not isinstance(value, (int, float)): raise ValueError(f"--set {pair}: {name} is a number, like {old}")
-        cfg = replace(cfg, **{head: value})
-    return cfg
+        elif isinstance(old, tuple) and not isinstance(value, tuple): raise ValueError(f"--set {pair}: {name} is a list, like {json.dumps(plain(old))}")
+        changes[head] = value
+    changes.update({k: set_fields(getattr(cfg, k), v) for k, v in parts.items()})
+    try: return replace(cfg, **changes)
+    except TypeError as e: raise ValueError(f"--set {' '.join(pairs)}: {e}") from e
 
 # %% ../nbs/11_cli.ipynb #943f9c99
 _set = Param('Fields of the recipe to change, such as fit.lr=5e-4', str, nargs='*')

@@ -524,7 +524,7 @@ def apply_bev_aug(
     out = transform_boxes(boxes, bev_aug.to(boxes))
     return torch.cat([out[:, :3], out[:, 3:6]*bev_aug[2, :3].norm().to(boxes), out[:, 6:]], -1)
 
-# %% ../nbs/04_data.ipynb #a8d0c679
+# %% ../nbs/04_data.ipynb #2f14fa15
 class SampleDataset(torch.utils.data.Dataset):
     "Keyframes as tensors for a BEV network"
     def __init__(self,
@@ -535,7 +535,7 @@ class SampleDataset(torch.utils.data.Dataset):
         grid:BEVGrid=BEVGrid(),
         train:bool=False, # Draw augmentations and cameras; else the fixed ones
         bev_aug:BEVAug|None=None, # Drawn in training; None for none
-        lidar:bool=True, # Read LiDAR points
+        lidar:bool|None=None, # Read LiDAR points; None: where the rig has a LiDAR
         sweeps:int=1, # LiDAR sweeps per keyframe
         n_cams:int|None=None, # Cameras drawn per training item (LSS: 5 of 6); None for all
         categories="vehicle.*", # Which boxes to give and to put on the target, see `match_category`
@@ -544,6 +544,7 @@ class SampleDataset(torch.utils.data.Dataset):
         cache:bool=False, # Keep shrunk images in memory, one copy per process: for small sets
     ):
         self.data, self.img_aug, self.grid, self.train, self.bev_aug = data, img_aug, grid, train, bev_aug
+        lidar = data.lidar_channel is not None if lidar is None else lidar
         self.lidar, self.sweeps, self.n_cams, self.seed, self.cache = lidar, sweeps, n_cams, seed, cache
         if not data.cams: raise ValueError(f"{data.dataroot} has no camera")
         if n_cams is not None and not 0 < n_cams <= len(data.cams): raise ValueError(f"n_cams must be 1 to {len(data.cams)}, got {n_cams}")

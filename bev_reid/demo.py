@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Stations', 'demo_recipes', 'run_demo', 'summary']
 
-# %% ../nbs/10d_demo.ipynb #e262684f
+# %% ../nbs/10d_demo.ipynb #4c6a1f7a
 import json, os, time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from .crops import CropConfig
 from .data import DrivingData, SampleDataset, collate_samples
@@ -37,7 +37,7 @@ class Stations:
             self.times[name] = self.times.get(name, 0)+time.perf_counter()-start
             write_json(self.path, self.times)
 
-# %% ../nbs/10d_demo.ipynb #20434a02
+# %% ../nbs/10d_demo.ipynb #7eae9ca6
 def demo_recipes(
     *,
     seed:int=0,
@@ -46,9 +46,9 @@ def demo_recipes(
 )->tuple: # LSSRecipe, DatasetConfig, MetricRecipe
     "What the demo trains"
     lss, metric = LSSRecipe.recipe('toy', max_steps=lss_steps), MetricRecipe.recipe('toy', max_steps=metric_steps)
-    return replace(lss, fit=replace(lss.fit, seed=seed)), DatasetConfig(crop=CropConfig(extent=14., size=28)), replace(metric, fit=replace(metric.fit, seed=seed))
+    return replace(lss, fit=replace(lss.fit, seed=seed)), DatasetConfig(crop=CropConfig(extent=10., size=20, clip=True)), replace(metric, fit=replace(metric.fit, seed=seed))
 
-# %% ../nbs/10d_demo.ipynb #f5ba184c
+# %% ../nbs/10d_demo.ipynb #b0211823
 def run_demo(
     out='demo', # Folder of everything it makes
     *,
@@ -68,7 +68,7 @@ def run_demo(
     data = DrivingData(world)
     at('BEV network: lift, splat, segment', lambda: train_lss(data, out/'lss', recipe=lss, device=device, progress=progress))
     model = load_lss(out/'lss')
-    dev = 'cpu' if device == 'cpu' else next(iter(['cuda' if __import__('torch').cuda.is_available() else 'cpu']))
+    dev = 'cuda' if device != 'cpu' and torch.cuda.is_available() else 'cpu'
     at('data set: a crop of every vehicle', lambda: build_dataset(model.to(dev), data, out/'reid', cfg=cfg, source=str(out/'lss'), progress=progress))
     at('metric network: crops to embeddings', lambda: train_metric(out/'reid', out/'metric', recipe=metric, device=device, progress=progress))
     def measure():

@@ -134,7 +134,8 @@ class RetrievalExplorer(Explorer):
         self.random.on_click(lambda _: self.shuffle())
         self._list_vehicles()
 
-# %% ../nbs/10e_explore.ipynb #e29bb723
+# %% ../nbs/10e_explore.ipynb #05f07c25
+def _brief(d): return f'{d:.3f}' if d >= 5e-4 else f'{max(d, 0):.0e}'
 def _short(category): return category.removeprefix('vehicle.')[:12]
 
 @patch
@@ -190,7 +191,7 @@ def rank(self:RetrievalExplorer
     right = ids[order] == ids[i]
     return dict(query=i, ranked=order, dist=d[order], correct=right, own_dist=d[self.own], own_allowed=ok[self.own], place=int(right.argmax())+1 if right.any() else None)
 
-# %% ../nbs/10e_explore.ipynb #7a285edf
+# %% ../nbs/10e_explore.ipynb #c3f9b280
 @patch
 def _pictures(self:RetrievalExplorer, rows):
     crops = self.ds.read(self.what.value, rows)
@@ -204,7 +205,7 @@ def _draw_row(self:RetrievalExplorer, ax, res):
         x, hue = k+.25*(k > 0), INK if k == 0 else RIGHT if res['correct'][k-1] else WRONG
         for y, pic in zip((1.02, 0), pics): ax.imshow(pic, extent=(x, x+.94, y, y+.94), interpolation='nearest', zorder=1)
         ax.add_patch(Rectangle((x, 0), .94, 1.96, fill=False, ec=hue, lw=2.2, zorder=2))
-        ax.text(x+.47, 2.02, 'query' if k == 0 else f"{'✓' if res['correct'][k-1] else '✗'} {res['dist'][k-1]:.3f}", color=hue, fontsize=8, ha='center', va='bottom')
+        ax.text(x+.47, 2.02, 'query' if k == 0 else ('✓ ' if res['correct'][k-1] else '✗ ')+_brief(res['dist'][k-1]), color=hue, fontsize=8, ha='center', va='bottom')
         ax.text(x+.47, -.05, f"{_short(t['category'][i])}\n{t['range'][i]:.0f} m", fontsize=6.5, ha='center', va='top', color='#444')
     ax.set(xlim=(-.05, self.top+1.25), ylim=(-.38, 2.25), aspect='equal'); ax.set_axis_off()
 

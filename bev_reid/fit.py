@@ -261,7 +261,7 @@ def wait_for_step():
     finally:
         if old is not None: signal.signal(signal.SIGINT, old)
 
-# %% ../nbs/05_fit.ipynb #581c9376
+# %% ../nbs/05_fit.ipynb #b5d201a2
 class Run:
     "The state of a training run and its folder"
     def __init__(self, model, opt, *, run_dir, cfg, config, main=True):
@@ -276,7 +276,8 @@ class Run:
         state = load_checkpoint(self.dir)
         check_same_config(state['config'], self.config, self.dir,
                           free=('fit.max_steps', 'fit.log_every', 'fit.eval_every', 'fit.checkpoint_every', 'fit.keep'))
-        self.model.load_state_dict(state['model']); self.opt.load_state_dict(state['optimizer'])
+        try: self.model.load_state_dict(state['model']); self.opt.load_state_dict(state['optimizer'])
+        except (RuntimeError, ValueError) as e: raise ValueError(f"the newest checkpoint of {self.dir} does not fit this network (was it made by another version?): {str(e).splitlines()[-1].strip()}; use another folder") from e
         self.step, self.epoch, self.batch, self.metrics = state['step'], state['epoch'], state['batch'], state['metrics']
 
     def save(self):

@@ -20,7 +20,7 @@ from .data import ImgAug, SampleDataset, collate_samples
 from .fit import Batches, FitConfig, fit, from_plain, load_checkpoint, plain, shuffled, to_device
 from .geometry import BEVGrid, frustum_geometry, make_frustum, project
 
-# %% ../nbs/06_lss.ipynb #94c6aad6
+# %% ../nbs/06_lss.ipynb #2d7b4d38
 @dataclass(frozen=True)
 class LSSConfig:
     "Sizes and losses of the camera-to-BEV network"
@@ -31,8 +31,9 @@ class LSSConfig:
     frozen_blocks:int = 0 # Blocks of the trunk, from the stem on, that keep their weights and statistics
     stride:int = 16 # Image pixels per feature, 8 or 16
     rays:bool = False # Tell the image network where each feature looks: its ray, and where the ray meets the ground
-    appearance:int = 0 # Channels of the BEV map that carry local appearance and nothing else; 0 for none
+    appearance:int = 0 # Appearance features lifted beside the learned ones; with them the cropped map shows local appearance alone; 0 for none
     lift_rgb:int = 2 # With `appearance`: also lift the colours of each feature's patch, as n x n means
+    context_channels:int = 32 # With `appearance`: channels of the map that only the segmentation reads
     up_channels:int = 512 # Width of the block that joins two scales of the trunk
     cam_channels:int = 64 # Channels that are lifted
     bev_channels:int = 64 # Channels of the BEV feature map that is cropped later
@@ -52,7 +53,6 @@ class LSSConfig:
         if self.stride not in (8, 16): raise ValueError(f"stride must be 8 or 16, got {self.stride}")
         if self.depth_loss not in ('bce', 'ce'): raise ValueError(f"depth_loss must be bce or ce, got {self.depth_loss!r}")
         if any(s % (2*self.stride) for s in self.img_size): raise ValueError(f"img_size {self.img_size} must be multiples of {2*self.stride}, twice the stride")
-        if not 0 <= self.appearance < self.bev_channels: raise ValueError(f"appearance={self.appearance} must be less than bev_channels={self.bev_channels}, of which it is a part")
         if any(n % 8 for n in self.grid.nx[:2]): raise ValueError(f"the grid has {self.grid.nx[:2]} cells: the BEV encoder halves it three times, so both must be multiples of 8")
 
     @property
@@ -64,7 +64,7 @@ class LSSConfig:
         **kw, # Fields to change
     ):
         "A named configuration"
-        toy = dict(grid=BEVGrid(xbound=(-32, 32, .5), ybound=(-32, 32, .5), dbound=(2, 38, 1)), trunk='lite0', pretrained=True, frozen_blocks=11, stride=8, rays=True, cam_channels=32, appearance=40,
+        toy = dict(grid=BEVGrid(xbound=(-32, 32, .5), ybound=(-32, 32, .5), dbound=(2, 38, 1)), trunk='lite0', pretrained=True, frozen_blocks=11, stride=8, rays=True, cam_channels=32, appearance=40, context_channels=32,
                    img_size=(128, 256), up_channels=96, bev_widths=(48, 64, 96), bev_up=64, bev_skip=True, depth_loss='ce', depth_weight=.3,
                    depth_rounding='nearest', frustum_mode='center')
         if name not in (known := {'nuscenes': {}, 'toy': toy}): raise ValueError(f"no LSS recipe {name!r}: choose one of {', '.join(known)}")
@@ -189,7 +189,7 @@ class Block(nn.Module):
 
     def forward(self, x): return F.relu(self.body(x)+self.skip(x))
 
-# %% ../nbs/06_lss.ipynb #c3766d30
+# %% ../nbs/06_lss.ipynb #3949fb99
 class BevEncode(nn.Module):
     "BEV feature map from the splatted map"
     def __init__(self, cfg:LSSConfig):
@@ -200,7 +200,7 @@ class BevEncode(nn.Module):
         self.stage1, self.stage2, self.stage3 = [nn.Sequential(Block(i, o, s), Block(o, o)) for i, o, s in ((a, a, 1), (a, b, 2), (b, c, 2))]
         self.up = Up(a+c, cfg.bev_up, scale=4)
         self.skip = conv_bn(c_in, cfg.bev_up, 1) if cfg.bev_skip else None
-        self.out = conv_bn(cfg.bev_up, cfg.bev_channels-cfg.appearance)
+        self.out = conv_bn(cfg.bev_up, cfg.context_channels if cfg.appearance else cfg.bev_channels)
 
     def forward(self, bev:Float[Tensor, "b c x y"])->Float[Tensor, "b o x y"]:
         fine = self.stage1(self.stem(bev))
@@ -217,13 +217,13 @@ def patch_colours(
     small = F.adaptive_avg_pool2d(imgs.flatten(0, 1).float()-.5, (h*n, w*n))
     return F.pixel_unshuffle(small, n).unflatten(0, imgs.shape[:2])
 
-# %% ../nbs/06_lss.ipynb #7786bc89
+# %% ../nbs/06_lss.ipynb #602f84e5
 class LocalEncode(nn.Module):
-    "Appearance channels of the map: means over each cell, read by two small convolutions"
+    "The map of local appearance: means over each cell, read by two small convolutions"
     def __init__(self, cfg:LSSConfig):
         super().__init__()
         c = cfg.appearance+3*cfg.lift_rgb**2
-        self.conv = nn.Sequential(conv_bn(c+1, cfg.appearance), conv_bn(cfg.appearance, cfg.appearance))
+        self.conv = nn.Sequential(conv_bn(c+1, cfg.bev_channels), conv_bn(cfg.bev_channels, cfg.bev_channels))
 
     def forward(self,
         sums:Float[Tensor, "b c x y"], # Sums per cell; the last channel sums the weights
@@ -231,7 +231,7 @@ class LocalEncode(nn.Module):
         weight = sums[:, -1:]
         return self.conv(torch.cat([sums[:, :-1]/(weight+.05), weight/(weight+.5)], 1))   # faint cells fade out
 
-# %% ../nbs/06_lss.ipynb #712bcb18
+# %% ../nbs/06_lss.ipynb #51c8a2c6
 class LiftSplat(nn.Module):
     "Six images and a calibration become one BEV feature map and its vehicle logits"
     def __init__(self,
@@ -244,7 +244,7 @@ class LiftSplat(nn.Module):
         self.cfg, self.img_aug = cfg, ImgAug(out_size=cfg.img_size)   # how images are brought to the network's size when it is used
         self.cam_encode, self.bev_encode = cam_encode or CamEncode(cfg), bev_encode or BevEncode(cfg)
         self.local_encode = LocalEncode(cfg) if cfg.appearance else None
-        self.head = nn.Conv2d(cfg.bev_channels, 1, 1)
+        self.head = nn.Conv2d(cfg.bev_channels+cfg.context_channels*(cfg.appearance > 0), 1, 1)
         self.register_buffer('frustum', make_frustum(cfg.grid, cfg.img_size, cfg.feat_size, mode=cfg.frustum_mode), persistent=False)
 
     def plan(self, intrins, cam2ego, img_aug=None, bev_aug=None):
@@ -268,9 +268,10 @@ class LiftSplat(nn.Module):
         if self.cfg.appearance:
             bev = bev.unflatten(1, (self.cfg.grid.nx[2], -1))
             bev, local = bev[:, :, :self.cfg.cam_channels].flatten(1, 2), bev[:, :, self.cfg.cam_channels:].sum(1)
-        bev_feats = self.bev_encode(bev)
-        if self.cfg.appearance: bev_feats = torch.cat([bev_feats, self.local_encode(local)], 1)
-        return dict(depth_logits=depth_logits, bev_feats=bev_feats, logits=self.head(bev_feats), plan=plan)
+        context = self.bev_encode(bev)
+        bev_feats = self.local_encode(local) if self.cfg.appearance else context
+        logits = self.head(torch.cat([context, bev_feats], 1) if self.cfg.appearance else context)
+        return dict(depth_logits=depth_logits, bev_feats=bev_feats, logits=logits, plan=plan)
 
 # %% ../nbs/06_lss.ipynb #e9791667
 def run_lss(
@@ -325,7 +326,7 @@ def depth_loss(
     p = rows.softmax(-1).clamp(1e-7, 1-1e-7)
     return F.binary_cross_entropy(p, F.one_hot(bins, rows.shape[-1]).to(p), reduction='sum')/len(bins)
 
-# %% ../nbs/06_lss.ipynb #1b31c27e
+# %% ../nbs/06_lss.ipynb #926fca70
 def lss_loss(
     out:dict, # From LiftSplat
     batch:dict, # From `collate_samples`
@@ -334,11 +335,11 @@ def lss_loss(
     "The dual loss: vehicles in the map, and depths that agree with the LiDAR"
     parts = {}
     if cfg.seg_weight: parts['seg'] = cfg.seg_weight*seg_loss(out['logits'], batch['bev_mask'], pos_weight=cfg.pos_weight).mean()
-    if cfg.depth_weight: parts['depth'] = cfg.depth_weight*depth_loss(out['depth_logits'], depth_target(batch['points'], batch, cfg), kind=cfg.depth_loss)
-    if not parts: raise ValueError("seg_weight and depth_weight are both 0: there is nothing to learn")
+    if cfg.depth_weight and 'points' in batch: parts['depth'] = cfg.depth_weight*depth_loss(out['depth_logits'], depth_target(batch['points'], batch, cfg), kind=cfg.depth_loss)
+    if not parts: raise ValueError("there is nothing to learn: seg_weight is 0, and depth_weight is 0 or the data set has no LiDAR")
     return dict(loss=sum(parts.values()), **{k: v.detach() for k, v in parts.items()})
 
-# %% ../nbs/06_lss.ipynb #104e2f32
+# %% ../nbs/06_lss.ipynb #5a0ec747
 @torch.no_grad()
 def eval_lss(
     model:LiftSplat,
@@ -352,6 +353,7 @@ def eval_lss(
         pred, true = out['logits'] > 0, batch['bev_mask'] > .5
         inter, union, n = inter+(pred & true).sum().item(), union+(pred | true).sum().item(), n+len(pred)
         loss += seg_loss(out['logits'], batch['bev_mask'], pos_weight=1.).sum().item()
+        if 'points' not in batch: continue                             # a rig without LiDAR
         t = depth_target(batch['points'], batch, model.cfg)
         mean_bin = (out['depth_logits'].float().softmax(2)*torch.arange(model.cfg.grid.n_depths, device=device)[:, None, None]).sum(2)
         err, hits = err+(mean_bin-t)[t >= 0].abs().sum().item(), hits+(t >= 0).sum().item()
@@ -371,7 +373,7 @@ def rgb_bev(
     sums = sums.unflatten(1, (-1, 4)).sum(1)   # layers of height are added up
     return torch.cat([sums[:, :3]/sums[:, 3:].clamp(min=1e-6), sums[:, 3:]], 1)
 
-# %% ../nbs/06_lss.ipynb #a8051f34
+# %% ../nbs/06_lss.ipynb #4848c33a
 def load_lss(
     path, # Checkpoint, or folder of a run
     *,
@@ -384,5 +386,6 @@ def load_lss(
     model.cfg = cfg
     if 'recipe' in state['config']: model.img_aug = from_plain(ImgAug, state['config']['recipe']['img_aug'])   # as it was validated
     weights = {k.removeprefix('lss.'): v for k, v in state['model'].items() if not k.startswith('company.')}
-    model.load_state_dict(weights)
+    try: model.load_state_dict(weights)
+    except RuntimeError as e: raise ValueError(f"the weights of {path} do not fit the network of its configuration (was it made by another version?): {str(e).splitlines()[-1].strip()}") from e
     return model.to(device).eval()

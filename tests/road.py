@@ -10,7 +10,7 @@ BIN = Path(sys.executable).parent
 REAL = Path(os.environ.get('BEV_REID_DATA') or Path(__file__).parents[1]/'../shared/data')
 # an untrained b0 on small images and a small grid: a step takes a fraction of a second
 SMALL = ['lss.trunk=b0', 'lss.pretrained=false', 'lss.img_size=[64,128]', 'lss.grid.xbound=[-24,24,1]', 'lss.grid.ybound=[-24,24,1]', 'lss.grid.dbound=[2,26,2]',
-         'lss.up_channels=16', 'lss.cam_channels=16', 'lss.bev_channels=16', 'lss.bev_widths=[16,16,16]', 'lss.bev_up=16', 'fit.amp=no']
+         'lss.up_channels=16', 'lss.cam_channels=16', 'lss.bev_channels=16', 'lss.bev_widths=[16,16,16]', 'lss.bev_up=16', 'lss.appearance=6', 'fit.amp=no']
 LSS = ['--recipe', 'toy', '--device', 'cpu', '--set', *SMALL]
 CROP = ['--extent', '16', '--size', '16', '--device', 'cpu']
 METRIC = ['--recipe', 'toy', '--device', 'cpu', '--set', 'p=6', 'net.widths=[8,8]', 'net.embedding_dim=16']
@@ -53,6 +53,7 @@ class Command:
         if Command.server is None: Command.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env(), preexec_fn=hear_ctrl_c)
         Command.n += 1
         self.name, self.out, self.err = verb, Path(tmp)/f'{os.getpid()}_{Command.n}.out', Path(tmp)/f'{os.getpid()}_{Command.n}.err'
+        self.out.touch(); self.err.touch()
         self.pid = self._ask(argv=[str(BIN/f'bev_reid_{verb}'), *map(str, args)], cwd=str(cwd or tmp), env=kw, before=before, out=str(self.out), err=str(self.err))
 
     def _ask(self, **job):

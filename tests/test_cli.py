@@ -215,11 +215,11 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
 @pytest.mark.nuscenes
 @pytest.mark.skipif(not (REAL/'lyft_scene').is_dir(), reason=f"{REAL/'lyft_scene'} is absent: set BEV_REID_DATA to the folder of real data")
 def test_real_pictures(tmp_path):
-    # 42 keyframes of six cameras of 1224 x 1024: two steps, then a data set of four classes of vehicles split by identity
+    # 42 keyframes of six cameras of 1224 x 1024: two steps, then a data set split by identity
     world = REAL/'lyft_scene'
     verb('train_lss', world, tmp_path/'lss', *LSS, 'img_aug.crop_bottom=[.2,.35]', '--steps', 2, tmp=tmp_path)
     text, _ = verb('dataset', tmp_path/'lss', world, tmp_path/'reid', '--extent', 20, '--size', 8, '--device', 'cpu', tmp=tmp_path)
     summary = json.loads((tmp_path/'reid/dataset.json').read_text())
-    assert summary['splits'].keys() == {'train', 'test'} and summary['n_skipped'] == 0 and summary['n_obs'] > 300
+    assert summary['splits'].keys() == {'train', 'test'} and summary['n_skipped'] == 0 and summary['n_obs'] > 200
     verb('train', tmp_path/'reid', tmp_path/'metric', *METRIC, '--steps', 2, tmp=tmp_path)
     assert 'learned embedding' in verb('eval', tmp_path/'metric', tmp_path/'reid', tmp=tmp_path)[0]
