@@ -205,12 +205,12 @@ def bev_reid_train(
     out = train_metric(dataset, run, recipe=r, split=split, n_workers=workers, device=_device(device), progress=True)
     print(f"{run}: step {out['step']}")
 
-# %% ../nbs/11_cli.ipynb #64e5df3d
+# %% ../nbs/11_cli.ipynb #42831234
 @verb
 def bev_reid_eval(
     run:str, # Run or checkpoint of the metric network
     dataset:str, # Folder of a ReID data set
-    split:str='test', # Split to evaluate
+    split:str='auto', # Split to evaluate; `auto`: test, else val
     min_gap:float=2., # Nearer in time within a scene does not count, seconds
     scope:str='all', # Gallery: `all` scenes of the split, the own `scene`, or `other` scenes
     min_visibility:int=2, # Observations below this level are left out
@@ -228,7 +228,7 @@ def bev_reid_eval(
     print(format_table(res['rows']), '\n\nsingle-shot galleries:\n', format_table(res['single_shot'], columns=('method', 'rank1', 'rank1_std', 'rank5', 'mAP', 'n_ids', 'n_galleries')), '\n', json.dumps(plain(res['settings'])), sep='')
     return res
 
-# %% ../nbs/11_cli.ipynb #56e07861
+# %% ../nbs/11_cli.ipynb #29c2d5c9
 @verb
 def bev_reid_show(
     run:str, # Run or checkpoint of the metric network
@@ -237,7 +237,7 @@ def bev_reid_show(
     dataroot:str='', # Data set in nuScenes format; the one the data set was made with where left out
     version:str='', # May be left out where there is only one
     out:str='report.html', # Page to write
-    split:str='test', # Split to show
+    split:str='auto', # Split to show; `auto`: test, else val
     min_gap:float=2., # Nearer in time within a scene does not count, seconds
     scope:str='all', # Gallery: `all` scenes of the split, or the own `scene`
     n:int=8, # Queries to show

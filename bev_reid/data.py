@@ -179,7 +179,7 @@ class DrivingData:
             if not any(match_category(self.category_names, [p])): raise ValueError(f"unknown class {p!r}: it matches none of the categories {self.category_names}")
         return {n for n, m in zip(self.category_names, match_category(self.category_names, patterns)) if m}
 
-# %% ../nbs/04_data.ipynb #b253cc9e
+# %% ../nbs/04_data.ipynb #54468133
 @patch
 def splits(self:DrivingData
 )->dict: # Name of the split to its scene names
@@ -189,7 +189,8 @@ def splits(self:DrivingData
         try: raw = {k: list(v) for k, v in json.loads(path.read_text()).items()}
         except (ValueError, AttributeError, TypeError) as e: raise ValueError(f"{path} must map split names to lists of scene names: {e}") from None
     else:
-        raw = {k: v for k, v in create_splits_scenes().items() if k in ('train', 'val', 'test', 'mini_train', 'mini_val')}
+        names = ('mini_train', 'mini_val') if 'mini' in self.version else ('train', 'val', 'test')   # some mini_train scenes are val scenes of the full set
+        raw = {k: v for k, v in create_splits_scenes().items() if k in names}
         if not present <= set().union(*raw.values()): raw = {}
     kept = {k: sorted(present & set(v)) for k, v in raw.items()}
     return {k: v for k, v in kept.items() if v} | {'all': self.scenes}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DatasetConfig', 'observe', 'split_identities', 'identities', 'identity_sides', 'check_lengths', 'fingerprint',
-           'build_dataset', 'ReIDDataset', 'check_disjoint', 'pk_order']
+           'build_dataset', 'ReIDDataset', 'held_out_split', 'check_disjoint', 'pk_order']
 
 # %% ../nbs/08_dataset.ipynb #21107937
 import hashlib, json, os, shutil
@@ -112,15 +112,14 @@ def _write_scene(folder, rows, arrays, skipped):
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"cannot write {folder}: {e}; the scenes written before are intact") from e
 
-# %% ../nbs/08_dataset.ipynb #660d33ef
+# %% ../nbs/08_dataset.ipynb #62853693
 def _scene_splits(data, cfg):
     "Scene name -> split, and whether identities still have to be split"
     splits = {k: v for k, v in data.splits().items() if k != 'all'}
     held = [k for k in splits if k not in ('train', 'mini_train')]
     by_scene = cfg.split_by == 'scene' or (cfg.split_by == 'auto' and held and len(held) < len(splits))
     if by_scene and not splits: raise ValueError(f"{data} has no splits by scene (no splits.json, no official one): pass split_by='identity'")
-    splits = sorted(splits.items(), key=lambda s: not s[0].startswith('mini_'))   # nuScenes: a mini split does not overrule the full one
-    names = {s: k.removeprefix('mini_') for k, v in splits for s in v} if by_scene else {}
+    names = {s: k.removeprefix('mini_') for k, v in splits.items() for s in v} if by_scene else {}
     return {s: names.get(s, 'train') for s in data.scenes}, not by_scene
 
 # %% ../nbs/08_dataset.ipynb #f2cf1ff1
@@ -276,6 +275,16 @@ class ReIDDataset(Dataset):
     def channels(self): return self.config['lss']['bev_channels']
     @property
     def times(self): return self.table['timestamp']*1e-6
+
+# %% ../nbs/08_dataset.ipynb #750c0f08
+def held_out_split(
+    path, # Folder made by `build_dataset`
+)->str: # `test` where there is one, else `val`; raises ValueError if nothing was held out
+    "The split that a measurement belongs to"
+    splits = ReIDDataset(path).table['split']
+    for s in ('test', 'val'):
+        if s in splits: return s
+    raise ValueError(f"{path} holds out nothing, all of it is {', '.join(sorted(set(splits)))}: build it with split_by='identity'")
 
 # %% ../nbs/08_dataset.ipynb #61d974ed
 def check_disjoint(

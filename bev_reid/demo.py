@@ -48,7 +48,7 @@ def demo_recipes(
     lss, metric = LSSRecipe.recipe('toy', max_steps=lss_steps), MetricRecipe.recipe('toy', max_steps=metric_steps)
     return replace(lss, fit=replace(lss.fit, seed=seed)), DatasetConfig(crop=CropConfig(extent=10., size=20, clip=True)), replace(metric, fit=replace(metric.fit, seed=seed))
 
-# %% ../nbs/10d_demo.ipynb #b0211823
+# %% ../nbs/10d_demo.ipynb #0b8e301a
 def run_demo(
     out='demo', # Folder of everything it makes
     *,
@@ -73,7 +73,7 @@ def run_demo(
     at('metric network: crops to embeddings', lambda: train_metric(out/'reid', out/'metric', recipe=metric, device=device, progress=progress))
     def measure():
         test = SampleDataset(data, data.sample_tokens('test' if 'test' in data.splits() else 'val'), img_aug=model.img_aug, grid=model.cfg.grid)
-        return eval_lss(model, Batches(test, shuffled(len(test), 1, shuffle=False), collate_fn=collate_samples).epoch(0)), evaluate_reid(out/'metric', out/'reid', split='test' if 'test' in data.splits() else 'val', device=dev)
+        return eval_lss(model, Batches(test, shuffled(len(test), 1, shuffle=False), collate_fn=collate_samples).epoch(0)), evaluate_reid(out/'metric', out/'reid', device=dev)
     scores, results = at('measurement on held-out scenes and vehicles', measure)
     lead = _lead(data, scores, results, lss, metric)
     page = at('report', lambda: make_report(out/'report.html', data=data, lss_run=out/'lss', dataset=out/'reid', metric_run=out/'metric', results=results, lss_scores=scores, lead=lead))

@@ -6,7 +6,7 @@
 __all__ = ['LSSRecipe', 'jitter', 'LSSWithCompany', 'train_lss', 'MetricRecipe', 'CropBatches', 'train_metric', 'observations',
            'baseline_features', 'evaluate_reid', 'watch']
 
-# %% ../nbs/10b_train.ipynb #69555ce7
+# %% ../nbs/10b_train.ipynb #9137f339
 import json, logging, os, time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +17,14 @@ from torch import nn
 
 from .crops import CropConfig, crop_bev
 from .data import BEVAug, DrivingData, ImgAug, SampleDataset, collate_samples
-from .dataset import DatasetConfig, ReIDDataset, check_disjoint, identities, identity_sides, pk_order
+from .dataset import DatasetConfig, ReIDDataset, check_disjoint, held_out_split, identities, identity_sides, pk_order
 from .evaluate import (BASELINE_METRICS, Observations, all_observations, bootstrap, box_size_features, colour_features,
                                evaluate_all, position_features, raw_crop_features, single_shot, thumbnail_features)
 from .fit import Batches, FitConfig, MetricsLog, checkpoints, fit, from_plain, load_checkpoint, plain, shuffled, write_json
 from .lss import LiftSplat, LSSConfig, eval_lss, lss_loss, run_lss
 from .metric import MetricConfig, MetricModel, embed, load_metric, reindex
 
-# %% ../nbs/10b_train.ipynb #015ae38c
+# %% ../nbs/10b_train.ipynb #07c34f3c
 @dataclass(frozen=True)
 class LSSRecipe:
     "Everything that decides an LSS training"
@@ -56,7 +56,7 @@ class LSSRecipe:
         if name == 'toy':
             aug = ImgAug(out_size=lss.img_size, resize=(1., 1.1), crop_bottom=(0., .1), flip=False, rotate=(0., 0.))
             base = dict(lss=lss, img_aug=aug, batch_size=1, n_cams=None, company_weight=1., photometric=.25,
-                        fit=FitConfig(max_steps=900, lr=2e-3, schedule='one_cycle', checkpoint_every=100, log_every=10, amp='bf16' if _fast_bf16() else 'no'))
+                        fit=FitConfig(max_steps=1200, lr=2e-3, schedule='one_cycle', checkpoint_every=100, log_every=10, amp='bf16' if _fast_bf16() else 'no'))
         else: base = dict(lss=lss, img_aug=ImgAug(out_size=lss.img_size))
         out = cls(**{**base, **kw})
         return replace(out, fit=replace(out.fit, max_steps=max_steps)) if max_steps else out
@@ -236,12 +236,12 @@ def baseline_features(
             'box size, 5 % noise (leak)': (box_size_features(wlh, noise=.05), m['box_size']),
             'box size as annotated (leak)': (box_size_features(wlh), m['box_size'])}
 
-# %% ../nbs/10b_train.ipynb #5fc88e0c
+# %% ../nbs/10b_train.ipynb #98f6152a
 def evaluate_reid(
     checkpoint, # Metric checkpoint, or folder of a run
     dataset, # Folder of a ReID data set
     *,
-    split:str='test', # Split to evaluate
+    split:str='auto', # Split to evaluate; `auto`: test, else val
     min_gap:float=2., # Nearer in time within a scene is junk, seconds
     scope:str='all', # Gallery: `all` scenes of the split, or the query's own `scene`
     min_visibility:int=2, # Observations below this level are left out
@@ -249,6 +249,7 @@ def evaluate_reid(
     device:str='cpu',
 )->dict: # rows (all observations), single_shot, cmc, embeddings, settings, and per query what a picture needs
     "Rank held-out vehicles, beside the baselines"
+    split = held_out_split(dataset) if split == 'auto' else split
     ck = load_metric(checkpoint, device=device); config = ck.config
     if 'dataset' not in config: raise ValueError(f"{checkpoint} does not say which data set it was trained on: train it with train_metric (bev_reid_train)")
     ds, want = ReIDDataset(dataset, split=split, min_visibility=min_visibility), config['dataset']

@@ -23,6 +23,7 @@ def hear_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL)   # a shell's ba
 def _serve():
     "Import once; for every line of standard input fork a command or wait for one"
     import torch, torch.utils.tensorboard, accelerate, bev_reid.cli, bev_reid.demo   # noqa: F401
+    running = set()
     for line in sys.stdin:
         job = json.loads(line)
         if 'argv' in job:
@@ -38,13 +39,15 @@ def _serve():
                 except BaseException: import traceback; traceback.print_exc(); code = 1
                 else: code = 0
                 sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
+            running.add(answer)
         else:
             end, answer = time.time()+job['timeout'], None
             while answer is None and time.time() < end:
                 pid, status = os.waitpid(job['wait'], os.WNOHANG)
-                if pid: answer = os.waitstatus_to_exitcode(status)
+                if pid: answer = os.waitstatus_to_exitcode(status); running.discard(pid)
                 else: time.sleep(.01)
         print(json.dumps(answer), flush=True)
+    for pid in running: os.kill(pid, signal.SIGKILL)   # what a failed test left behind
 
 class Command:
     "A running command"

@@ -213,7 +213,7 @@ def test_real_folder(name):
         assert f.boxes[:, 3:6].min() > 0 and ((1 <= f.visibility) & (f.visibility <= 4)).all()
 
 def test_real_splits():
-    assert real('nuscenes_val_boxes').splits() == {k: ['scene-0103', 'scene-0916'] for k in ('val', 'mini_val', 'all')}
+    assert real('nuscenes_val_boxes').splits() == {k: ['scene-0103', 'scene-0916'] for k in ('mini_val', 'all')}
     assert real('lyft_scene').splits().keys() == {'all'}
     with pytest.raises(ValueError, match='mini_val'): real('nuscenes_val_boxes').sample_tokens('train')
 
