@@ -6,7 +6,7 @@
 __all__ = ['LSSRecipe', 'jitter', 'LSSWithCompany', 'train_lss', 'MetricRecipe', 'CropBatches', 'train_metric', 'observations',
            'baseline_features', 'evaluate_reid', 'watch']
 
-# %% ../nbs/10b_train.ipynb #9137f339
+# %% ../nbs/10b_train.ipynb #c62ad917
 import json, logging, os, time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import nn
 
 from .crops import CropConfig, crop_bev
 from .data import BEVAug, DrivingData, ImgAug, SampleDataset, collate_samples
-from .dataset import DatasetConfig, ReIDDataset, check_disjoint, held_out_split, identities, identity_sides, pk_order
+from .dataset import DatasetConfig, ReIDDataset, held_out_split, identities, identity_sides, pk_order
 from .evaluate import (BASELINE_METRICS, Observations, all_observations, bootstrap, box_size_features, colour_features,
                                evaluate_all, position_features, raw_crop_features, single_shot, thumbnail_features)
 from .fit import Batches, FitConfig, MetricsLog, checkpoints, fit, from_plain, load_checkpoint, plain, shuffled, write_json

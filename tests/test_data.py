@@ -424,3 +424,13 @@ def test_toy(toy_root):
     assert data.missing_files(tokens[:4]) == {} and len(data.cams) == 6
     it = SampleDataset(data, tokens[:1], img_aug=ImgAug(out_size=(64, 128)))[0]
     assert it['imgs'].shape == (6, 3, 64, 128) and len(it['points'])
+
+
+@pytest.mark.parametrize('version,want', [('v1.0-trainval', ('train', 'val')), ('v1.0-mini', ('mini_train', 'mini_val'))])
+def test_official_splits_follow_the_version(version, want, tmp_path):
+    "scene-0553 and scene-0796 are in mini_train and in val: the version decides which split is meant"
+    data = DrivingData.__new__(DrivingData)
+    data.version, data.dataroot, data.scenes = version, tmp_path, ['scene-0061', 'scene-0553', 'scene-0796', 'scene-0103']
+    assert tuple(k for k in data.splits() if k != 'all') == want
+    both = data.splits()[want[0]], data.splits()[want[1]]
+    assert not set(both[0]) & set(both[1])

@@ -116,12 +116,6 @@ def test_splits_never_share_a_vehicle(whole, data, model, tmp_path):
     assert all(sides[i] == 'train' for i in a.table['identity']) and all(sides[i] == 'test' for i in b.table['identity'])
     assert sum(s == 'test' for s in sides.values()) == round(.3*len(sides))
 
-def test_mini_splits_do_not_overrule_the_full_ones():
-    class Data:
-        scenes = ['a', 'b', 'c']
-        def splits(self): return dict(train=['a'], val=['b', 'c'], mini_train=['a', 'b'], mini_val=['c'], all=self.scenes)
-    assert D._scene_splits(Data(), CFG) == (dict(a='train', b='val', c='val'), False)
-
 def test_skip_missing(whole, data, model, toy_root, tmp_path):
     root = tmp_path/'world'; shutil.copytree(toy_root, root)
     broken = DrivingData(root)
