@@ -19,7 +19,7 @@ def _stop(*_):
 
 if _command.startswith('bev_reid_') and signal.getsignal(signal.SIGINT) == signal.default_int_handler: signal.signal(signal.SIGINT, _stop)
 
-# %% ../nbs/11_cli.ipynb #7d4e74c1
+# %% ../nbs/11_cli.ipynb #a5be27b3
 from dataclasses import fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -29,7 +29,7 @@ from fastcore.script import Param, call_parse
 
 from .crops import CropConfig
 from .data import DrivingData, SampleDataset, collate_samples
-from .dataset import DatasetConfig, build_dataset
+from .dataset import DatasetConfig, build_dataset, held_out_split
 from .demo import run_demo
 from .evaluate import format_table
 from .fit import Batches, plain, shuffled, write_json
@@ -141,7 +141,7 @@ def bev_reid_train_lss(
     out = train_lss(data, run, recipe=r, split=split, sides=DatasetConfig(classes=r.classes, split_by=split_by, held_out=held_out), sweeps=sweeps, n_workers=workers, device=device, skip_missing=skip_missing, progress=True)
     print(f"{run}: step {out['step']}, {out['n_skipped']} samples skipped", *(f'{k} {v:.4g}' for k, v in out['metrics'].items()))
 
-# %% ../nbs/11_cli.ipynb #aef1e160
+# %% ../nbs/11_cli.ipynb #a248c86f
 @verb
 def bev_reid_eval_lss(
     run:str, # Run or checkpoint of the camera-to-BEV network
@@ -152,17 +152,18 @@ def bev_reid_eval_lss(
     device:str='auto', # auto, cpu or cuda
     skip_missing:bool=False, # Go on without samples whose files are missing or damaged
 ):
-    "IoU of the vehicle map and error of the depths on held-out samples"
+    "IoU of the vehicle map and error of the depths"
     model, data = load_lss(run, device=_device(device)), DrivingData(dataroot, version or None)
     split = next((s for s in ('test', 'val', 'mini_val', 'all') if s in data.splits()), 'all') if split == 'auto' else split
-    ds = SampleDataset(data, data.sample_tokens(split), img_aug=model.img_aug, grid=model.cfg.grid, skip_missing=skip_missing)
+    ds = SampleDataset(data, data.sample_tokens(split), img_aug=model.img_aug, grid=model.cfg.grid, categories=model.classes, skip_missing=skip_missing)
+    if split == 'all': print('no scenes are held out: these may be samples of the training', file=sys.stderr)
     scores = eval_lss(model, Batches(ds, shuffled(len(ds), 1, shuffle=False), collate_fn=collate_samples).epoch(0))
     scores = plain(dict(split=split, n_skipped=len(ds.skipped), **scores))
     if out: write_json(out, scores)
     print(f"{split}: IoU {100*scores['iou']:.1f} %, depth error {scores['depth_mae']:.2f} m, {scores['n_samples']} samples, {scores['n_skipped']} skipped")
     return scores
 
-# %% ../nbs/11_cli.ipynb #04c5d7c6
+# %% ../nbs/11_cli.ipynb #53c9a95d
 @verb
 def bev_reid_dataset(
     run:str, # Run or checkpoint of the camera-to-BEV network
@@ -183,7 +184,7 @@ def bev_reid_dataset(
 ):
     "Crop every vehicle of every keyframe; under torchrun each process takes a share of the scenes"
     model, data = load_lss(run, device=_device(device)), DrivingData(dataroot, version or None, cams=list(cams) or None)
-    cfg = DatasetConfig(crop=CropConfig(extent=extent, size=size, clip=clip), classes=tuple(classes), min_coverage=min_coverage, split_by=split_by, held_out=held_out, cams=tuple(cams) or None, skip_missing=skip_missing)
+    cfg = DatasetConfig(crop=CropConfig(extent=extent, size=size, clip=clip), classes=tuple(classes), min_coverage=min_coverage, split_by=split_by, held_out=held_out, skip_missing=skip_missing)
     path = build_dataset(model, data, out, cfg=cfg, source=str(run), n_workers=workers, progress=True, **_share())
     print(f"{path}: {(path/'dataset.json').read_text() if (path/'dataset.json').exists() else 'this share is done, others are not'}")
 
@@ -205,7 +206,7 @@ def bev_reid_train(
     out = train_metric(dataset, run, recipe=r, split=split, n_workers=workers, device=_device(device), progress=True)
     print(f"{run}: step {out['step']}")
 
-# %% ../nbs/11_cli.ipynb #42831234
+# %% ../nbs/11_cli.ipynb #d83030db
 @verb
 def bev_reid_eval(
     run:str, # Run or checkpoint of the metric network
@@ -221,14 +222,15 @@ def bev_reid_eval(
     "Rank held-out vehicles and print the baselines beside the result"
     kw = dict(split=split, min_gap=min_gap, scope=scope, min_visibility=min_visibility, device=_device(device))
     if watch:
+        kw['split'] = held_out_split(dataset) if split == 'auto' else split
         def numbers(c): return {k: v for k, v in evaluate_reid(c, dataset, baselines=False, **kw)['rows'][0].items() if isinstance(v, (int, float))}
-        return watch_run(run, numbers, on_result=lambda step, r: print(f"step {step}: rank-1 {100*r['rank1']:.1f} %, mAP {100*r['mAP']:.1f} %", flush=True))
+        return watch_run(run, numbers, settings=dict(kw, dataset=dataset), on_result=lambda step, r: print(f"step {step}: rank-1 {100*r['rank1']:.1f} %, mAP {100*r['mAP']:.1f} %", flush=True))
     res = evaluate_reid(run, dataset, **kw)
     if out: write_json(out, {k: v for k, v in res.items() if k != 'embeddings'})
     print(format_table(res['rows']), '\n\nsingle-shot galleries:\n', format_table(res['single_shot'], columns=('method', 'rank1', 'rank1_std', 'rank5', 'mAP', 'n_ids', 'n_galleries')), '\n', json.dumps(plain(res['settings'])), sep='')
     return res
 
-# %% ../nbs/11_cli.ipynb #29c2d5c9
+# %% ../nbs/11_cli.ipynb #3c323267
 @verb
 def bev_reid_show(
     run:str, # Run or checkpoint of the metric network
@@ -246,7 +248,7 @@ def bev_reid_show(
     made = json.loads((Path(dataset)/'config.json').read_text()) if (Path(dataset)/'config.json').exists() else {}
     if not made: raise FileNotFoundError(f"{dataset} is not a ReID data set: it has no config.json")
     res = evaluate_reid(run, dataset, split=split, min_gap=min_gap, scope=scope)
-    data = DrivingData(dataroot or made['dataroot'], version or None)
+    data = DrivingData(dataroot or made['dataroot'], version or made['version'], cams=made['cams'])
     print(make_report(out, data=data, lss_run=lss or made['source'], dataset=dataset, metric_run=run, results=res, n_queries=n))
 
 # %% ../nbs/11_cli.ipynb #cf959165

@@ -94,7 +94,7 @@ def coverage(
     c = c.clamp(min=0).minimum(c.new_tensor(grid.nx[:2])-1)
     return ((mask[sample[:, None], 0, c[..., 0], c[..., 1]] > 0) & inside).float().mean(1)
 
-# %% ../nbs/07_crops.ipynb #7bb41d50
+# %% ../nbs/07_crops.ipynb #07ef55df
 def image_boxes(
     boxes:Float[Tensor, "k 7"], # Boxes in the ego frame
     intrins:Float[Tensor, "n 3 3"],
@@ -103,11 +103,15 @@ def image_boxes(
     sizes, # Height and width of each image (n 2), px
 )->tuple: # Rectangles (k n 4) as left, top, right, bottom clipped to the image (px), and the share inside (k n)
     "The rectangle of each box in each image"
-    corners = box_corners(boxes).to(intrins)                                                # k 8 3
-    uvd = torch.stack([project(corners.flatten(0, 1), i, c).unflatten(0, (-1, 8)) for i, c in zip(intrins, cam2ego)], 1)
-    lo, hi = uvd[..., :2].amin(2), uvd[..., :2].amax(2)
-    front = (uvd[..., 2] > .5).all(2)
+    a, b = torch.tensor([(0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4), (0, 4), (1, 5), (2, 6), (3, 7)]).T
+    corners, t = box_corners(boxes).to(intrins), torch.linspace(0, 1, 9)[:, None].to(intrins)
+    edges = (corners[:, a, None]*(1-t)+corners[:, b, None]*t).flatten(1, 2)                 # k 108 3
+    uvd = torch.stack([project(edges.flatten(0, 1), i, c).unflatten(0, edges.shape[:2]) for i, c in zip(intrins, cam2ego)], 1)
+    ahead = uvd[..., 2:] > .5                                                               # a box beside the camera counts as far as it lies ahead
+    lo, hi = uvd[..., :2].where(ahead, torch.inf).amin(2), uvd[..., :2].where(ahead, -torch.inf).amax(2)
+    front = ahead.squeeze(-1).any(2)
     wh = torch.as_tensor(np.asarray(sizes), dtype=lo.dtype).flip(-1)[None]
+    lo, hi = lo.where(front[..., None], 0.), hi.where(front[..., None], 0.)
     rect = torch.cat([lo.clamp(min=0).minimum(wh), hi.clamp(min=0).minimum(wh)], -1)
     area = (rect[..., 2:]-rect[..., :2]).clamp(min=0).prod(-1)
     share = torch.where(front, area/(hi-lo).prod(-1).clamp(min=1e-6), torch.zeros_like(area))

@@ -24,7 +24,7 @@ from .fit import check_same_config, plain, to_device, write_atomic, write_json
 from .geometry import transform_boxes
 from .lss import LiftSplat, LSSConfig, rgb_bev, run_lss
 
-# %% ../nbs/08_dataset.ipynb #876e12d3
+# %% ../nbs/08_dataset.ipynb #dec09a37
 @dataclass(frozen=True)
 class DatasetConfig:
     "What becomes an observation"
@@ -36,7 +36,6 @@ class DatasetConfig:
     held_out:float = .5 # Share of the identities held out when split by identity
     seed:int = 1234 # Of the split by identity
     patch_size:int = 64 # Side of the camera patches, px
-    cams:tuple|None = None # Cameras to use; None for all
     skip_missing:bool = False # Go on past samples with missing or damaged files
 
     def __post_init__(self):
@@ -65,7 +64,7 @@ def _rows(frame, keep, cover, patches, split, identity):
             num_lidar_pts=int(frame.num_lidar_pts[k]), coverage=float(c), cam=frame.cams[cam] if cam >= 0 else '', patch_px=px, patch_share=share))
     return rows
 
-# %% ../nbs/08_dataset.ipynb #52f19739
+# %% ../nbs/08_dataset.ipynb #7d4d95ac
 @torch.no_grad()
 def observe(
     model:LiftSplat,
@@ -89,8 +88,9 @@ def observe(
         cover = coverage(out['logits'][i:i+1] > 0, boxes, one, grid=grid).cpu()
         if cfg.min_coverage: keep, boxes, one, cover = [k for k, c in zip(keep, cover) if c >= cfg.min_coverage], boxes[cover >= cfg.min_coverage], one[cover >= cfg.min_coverage], cover[cover >= cfg.min_coverage]
         if not keep: continue
-        imgs = [data.image(p) for p in frame.img_paths]
         rects, share = image_boxes(frame.boxes[keep], frame.intrins, frame.cam2ego, sizes=frame.img_sizes)
+        need = {int((r[:, 2:]-r[:, :2]).clamp(min=0).prod(1).argmax()) for r in rects}
+        imgs = [data.image(p) if c in need else None for c, p in enumerate(frame.img_paths)]
         patches = [(*(p := best_patch(r, imgs, size=cfg.patch_size)), float(s[p[1]]) if p[1] >= 0 else 0.) for r, s in zip(rects, share)]
         arrays[0].append(crop_bev(out['bev_feats'][i:i+1].float(), boxes, one, grid=grid, cfg=cfg.crop).half().cpu().numpy())
         arrays[1].append((crop_bev(rgb[i:i+1], boxes, one, grid=grid, cfg=cfg.crop)*255).round().clamp(0, 255).byte().cpu().numpy())
@@ -145,7 +145,7 @@ def identities(
     known = json.loads(side.read_text()) if side.exists() else {}
     return {t: str(known.get(t, t)) for t in data.tracks(categories=classes)}
 
-# %% ../nbs/08_dataset.ipynb #af1632e4
+# %% ../nbs/08_dataset.ipynb #c86e7d6f
 def identity_sides(
     data:DrivingData,
     cfg:DatasetConfig=DatasetConfig(),
@@ -157,7 +157,11 @@ def identity_sides(
         ids = sorted(set(names.values()))
         return dict(zip(ids, split_identities(ids, held_out=cfg.held_out, seed=cfg.seed).tolist()))
     scene = {s['token']: s['name'] for s in data.nusc.scene}
-    return {n: of_scene[scene[data.nusc.get('sample', tracks[t][0][0])['scene_token']]] for t, n in names.items()}
+    out = {}
+    for t, n in names.items():
+        s = of_scene[scene[data.nusc.get('sample', tracks[t][0][0])['scene_token']]]
+        if out.setdefault(n, s) != s: raise ValueError(f"vehicle {n} stands in scenes of two splits, {out[n]} and {s}: training and evaluation must not share vehicles; change splits.json, or pass split_by='identity'")
+    return out
 
 # %% ../nbs/08_dataset.ipynb #e7554f1d
 def check_lengths(
@@ -178,7 +182,7 @@ def fingerprint(
     for k, v in sorted(model.state_dict().items()): h.update(k.encode()); h.update(v.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:12]
 
-# %% ../nbs/08_dataset.ipynb #09e9d8a0
+# %% ../nbs/08_dataset.ipynb #38b2bce4
 def build_dataset(
     model:LiftSplat, # Trained, in eval mode
     data:DrivingData,
@@ -193,12 +197,15 @@ def build_dataset(
 )->Path: # `out`
     "Crop every vehicle of every keyframe; killed and called again it goes on with the next scene"
     out = Path(out)
-    config = plain(dict(lss=model.cfg, weights=fingerprint(model), dataset=cfg, source=source, dataroot=str(data.dataroot)))
+    config = plain(dict(lss=model.cfg, weights=fingerprint(model), dataset=cfg, source=source, dataroot=str(data.dataroot), version=data.version, cams=data.cams))
     if (out/'config.json').exists(): check_same_config(json.loads((out/'config.json').read_text()), config, out, free=('source', 'dataroot', 'dataset.skip_missing'))
     if (out/'dataset.json').exists(): return out
     classes, (split_of, _) = set(data.match_category(cfg.classes)), _scene_splits(data, cfg)
     identity, scenes = identities(data, cfg.classes), list(data.scenes)
     check_lengths(data, cfg)
+    side = identity_sides(data, cfg)
+    if bad := [n for n in getattr(model, 'company_ids', []) if side.get(n, 'train') != 'train']:
+        raise ValueError(f"the BEV network was trained on the identities of {len(bad)} vehicles that this data set would hold out ({bad[0]}, ...): use the split_by, held_out and classes of its training")
     for name in tqdm(scenes[rank::world], desc='crops', disable=not progress, mininterval=1.):
         if (out/'scenes'/name).exists(): continue
         tokens = data.sample_tokens(scenes=[name])
@@ -228,7 +235,7 @@ def _merge(out, scenes, data, cfg):
     write_json(out/'dataset.json', summary)
     for p in (out/'scenes').glob('*.part'): shutil.rmtree(p, ignore_errors=True)   # of builds that were killed
 
-# %% ../nbs/08_dataset.ipynb #70c6dec7
+# %% ../nbs/08_dataset.ipynb #e3736405
 class ReIDDataset(Dataset):
     "Observations and their crops; an item is a dict with `crop` (float32) and `instance_id`"
     def __init__(self,
@@ -243,8 +250,8 @@ class ReIDDataset(Dataset):
         self.path = Path(path)
         if not (self.path/'dataset.json').exists(): raise FileNotFoundError(f"{self.path} holds no finished ReID data set (no dataset.json): run bev_reid_dataset again, it goes on where it stopped")
         self.config = json.loads((self.path/'config.json').read_text())
-        t = pq.read_table(self.path/'observations.parquet').to_pydict()
-        table = {k: np.array(v) for k, v in t.items()}
+        t = pq.read_table(self.path/'observations.parquet')
+        table = {k: v.astype(str) if (v := t[k].to_numpy()).dtype == object else v for k in t.column_names}
         known = sorted(set(table['split']))
         if split not in (None, 'all') and split not in known: raise ValueError(f"the data set {self.path} has no split {split!r}: it has {', '.join(known)}")
         ok = (table['visibility'] >= min_visibility) & (table['coverage'] >= min_coverage) & (table['patch_px'] >= min_patch_px)
@@ -276,12 +283,12 @@ class ReIDDataset(Dataset):
     @property
     def times(self): return self.table['timestamp']*1e-6
 
-# %% ../nbs/08_dataset.ipynb #750c0f08
+# %% ../nbs/08_dataset.ipynb #c23b0168
 def held_out_split(
     path, # Folder made by `build_dataset`
 )->str: # `test` where there is one, else `val`; raises ValueError if nothing was held out
     "The split that a measurement belongs to"
-    splits = ReIDDataset(path).table['split']
+    splits = set(pq.read_table(Path(path)/'observations.parquet', columns=['split'])['split'].to_pylist()) if (Path(path)/'dataset.json').exists() else ReIDDataset(path)
     for s in ('test', 'val'):
         if s in splits: return s
     raise ValueError(f"{path} holds out nothing, all of it is {', '.join(sorted(set(splits)))}: build it with split_by='identity'")

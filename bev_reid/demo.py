@@ -22,20 +22,21 @@ from .report import make_report
 from .toy import make_toy
 from .train import LSSRecipe, MetricRecipe, evaluate_reid, train_lss, train_metric
 
-# %% ../nbs/10d_demo.ipynb #0f846215
+# %% ../nbs/10d_demo.ipynb #7e1a52c7
 class Stations:
     "Says which station begins, and how long each took; the times survive an interruption"
     def __init__(self, path, n):
         self.path, self.n, self.i = Path(path), n, 0
-        self.times = json.loads(self.path.read_text()) if self.path.exists() else {}
+        old = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.times, self.done = old.get('times', {}), set(old.get('done', []))
 
     def __call__(self, name, fn):
         self.i += 1; print(f'[{self.i}/{self.n}] {name}', flush=True)
-        start = time.perf_counter()
-        try: return fn()
+        start, spent, ended = time.perf_counter(), self.times.get(name, 0), name in self.done
+        try: out = fn(); self.done.add(name); return out
         finally:
-            self.times[name] = self.times.get(name, 0)+time.perf_counter()-start
-            write_json(self.path, self.times)
+            if not ended: self.times[name] = spent+time.perf_counter()-start   # a station that had ended costs nothing more
+            write_json(self.path, dict(times=self.times, done=sorted(self.done)))
 
 # %% ../nbs/10d_demo.ipynb #7eae9ca6
 def demo_recipes(
@@ -48,7 +49,7 @@ def demo_recipes(
     lss, metric = LSSRecipe.recipe('toy', max_steps=lss_steps), MetricRecipe.recipe('toy', max_steps=metric_steps)
     return replace(lss, fit=replace(lss.fit, seed=seed)), DatasetConfig(crop=CropConfig(extent=10., size=20, clip=True)), replace(metric, fit=replace(metric.fit, seed=seed))
 
-# %% ../nbs/10d_demo.ipynb #0b8e301a
+# %% ../nbs/10d_demo.ipynb #ce25a489
 def run_demo(
     out='demo', # Folder of everything it makes
     *,
@@ -72,7 +73,7 @@ def run_demo(
     at('data set: a crop of every vehicle', lambda: build_dataset(model.to(dev), data, out/'reid', cfg=cfg, source=str(out/'lss'), progress=progress))
     at('metric network: crops to embeddings', lambda: train_metric(out/'reid', out/'metric', recipe=metric, device=device, progress=progress))
     def measure():
-        test = SampleDataset(data, data.sample_tokens('test' if 'test' in data.splits() else 'val'), img_aug=model.img_aug, grid=model.cfg.grid)
+        test = SampleDataset(data, data.sample_tokens('test' if 'test' in data.splits() else 'val'), img_aug=model.img_aug, grid=model.cfg.grid, categories=model.classes)
         return eval_lss(model, Batches(test, shuffled(len(test), 1, shuffle=False), collate_fn=collate_samples).epoch(0)), evaluate_reid(out/'metric', out/'reid', device=dev)
     scores, results = at('measurement on held-out scenes and vehicles', measure)
     lead = _lead(data, scores, results, lss, metric)

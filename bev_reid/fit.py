@@ -261,7 +261,7 @@ def wait_for_step():
     finally:
         if old is not None: signal.signal(signal.SIGINT, old)
 
-# %% ../nbs/05_fit.ipynb #b5d201a2
+# %% ../nbs/05_fit.ipynb #cad59717
 class Run:
     "The state of a training run and its folder"
     def __init__(self, model, opt, *, run_dir, cfg, config, main=True):
@@ -275,7 +275,7 @@ class Run:
         "Go on from the newest checkpoint"
         state = load_checkpoint(self.dir)
         check_same_config(state['config'], self.config, self.dir,
-                          free=('fit.max_steps', 'fit.log_every', 'fit.eval_every', 'fit.checkpoint_every', 'fit.keep'))
+                          free=tuple(p+k for p in ('fit.', 'recipe.fit.') for k in ('max_steps', 'log_every', 'eval_every', 'checkpoint_every', 'keep')))
         try: self.model.load_state_dict(state['model']); self.opt.load_state_dict(state['optimizer'])
         except (RuntimeError, ValueError) as e: raise ValueError(f"the newest checkpoint of {self.dir} does not fit this network (was it made by another version?): {str(e).splitlines()[-1].strip()}; use another folder") from e
         self.step, self.epoch, self.batch, self.metrics = state['step'], state['epoch'], state['batch'], state['metrics']
@@ -287,7 +287,7 @@ class Run:
                          batch=self.batch, config=self.config, metrics=self.metrics), self.dir/f'checkpoints/step_{self.step:06d}.pt')
         for old in checkpoints(self.dir)[:-self.cfg.keep or None] if self.cfg.keep else []: old.unlink()
 
-# %% ../nbs/05_fit.ipynb #20dfb89e
+# %% ../nbs/05_fit.ipynb #ef51a14c
 def fit(
     model:nn.Module, # Trained in place
     loss_fn, # Function (model, batch) -> dict with `loss` and numbers to log
@@ -300,7 +300,7 @@ def fit(
     device:str='auto', # `auto`, `cpu` or `cuda`
     progress:bool=False, # Show one bar
 )->dict: # step, the last numbers of validation, and whether the run had already ended
-    "Train until `cfg.max_steps`; killed and called again it goes on and ends with the same weights"
+    "Train until `cfg.max_steps`; killed and called again, on as many processes, it goes on and ends with the same weights (with `fp16` nearly so)"
     acc = _accelerator(cfg, device)
     run = Run(model.to(acc.device), _optimizer(model, cfg), run_dir=run_dir, cfg=cfg, config=config, main=acc.is_main_process)
     done = run.dir/'done.json'
@@ -316,7 +316,7 @@ def fit(
         if acc.is_main_process: metrics.close()
     return result
 
-# %% ../nbs/05_fit.ipynb #f82d0d4f
+# %% ../nbs/05_fit.ipynb #4e457be7
 def _train(run, net, opt, acc, loss_fn, batches, validate, metrics, bar, asked):
     cfg, sums = run.cfg, defaultdict(list)
     def check():
@@ -347,13 +347,14 @@ def _train(run, net, opt, acc, loss_fn, batches, validate, metrics, bar, asked):
                 metrics(run.step, {**{f'train/{k}': v for k, v in mean.items()}, 'train/lr': lr_at(run.step-1, cfg)})
                 bar.set_postfix({k: f'{v:.3g}' for k, v in list(mean.items())[:4]}, refresh=False)
             last = run.step >= cfg.max_steps
-            if validate and (last or (cfg.eval_every and run.step % cfg.eval_every == 0)): check()
+            if validate and not last and cfg.eval_every and run.step % cfg.eval_every == 0: check()
             if last or asked or run.step % cfg.checkpoint_every == 0: run.save()
             if last: break
             if asked: raise KeyboardInterrupt
         else:
             if not n_seen and not run.batch: raise ValueError("the data set gives no batch: it is empty, or smaller than processes x batch size x accumulate")
             run.epoch, run.batch = run.epoch+1, 0
+    if validate: check()                             # after the last checkpoint: a bad file in it costs no step
     out = dict(step=run.step, metrics=run.metrics)
     if run.main: write_json(run.dir/'done.json', out)
     return {**out, 'resumed': False}

@@ -20,7 +20,7 @@ from .data import ImgAug, SampleDataset, collate_samples
 from .fit import Batches, FitConfig, fit, from_plain, load_checkpoint, plain, shuffled, to_device
 from .geometry import BEVGrid, frustum_geometry, make_frustum, project
 
-# %% ../nbs/06_lss.ipynb #2d7b4d38
+# %% ../nbs/06_lss.ipynb #fa855a38
 @dataclass(frozen=True)
 class LSSConfig:
     "Sizes and losses of the camera-to-BEV network"
@@ -64,8 +64,8 @@ class LSSConfig:
         **kw, # Fields to change
     ):
         "A named configuration"
-        toy = dict(grid=BEVGrid(xbound=(-32, 32, .5), ybound=(-32, 32, .5), dbound=(2, 38, 1)), trunk='lite0', pretrained=True, frozen_blocks=11, stride=8, rays=True, cam_channels=32, appearance=40, context_channels=32,
-                   img_size=(128, 256), up_channels=96, bev_widths=(48, 64, 96), bev_up=64, bev_skip=True, depth_loss='ce', depth_weight=.3,
+        toy = dict(grid=BEVGrid(xbound=(-32, 32, .5), ybound=(-32, 32, .5), dbound=(2, 38, 1)), trunk='lite0', pretrained=True, frozen_blocks=11, stride=8, rays=True, cam_channels=32, appearance=40, lift_rgb=3, context_channels=32,
+                   img_size=(160, 320), up_channels=96, bev_widths=(48, 64, 96), bev_up=64, bev_skip=True, depth_loss='ce', depth_weight=.3,
                    depth_rounding='nearest', frustum_mode='center')
         if name not in (known := {'nuscenes': {}, 'toy': toy}): raise ValueError(f"no LSS recipe {name!r}: choose one of {', '.join(known)}")
         return cls(**{**known[name], **kw})
@@ -231,7 +231,7 @@ class LocalEncode(nn.Module):
         weight = sums[:, -1:]
         return self.conv(torch.cat([sums[:, :-1]/(weight+.05), weight/(weight+.5)], 1))   # faint cells fade out
 
-# %% ../nbs/06_lss.ipynb #51c8a2c6
+# %% ../nbs/06_lss.ipynb #6de0c100
 class LiftSplat(nn.Module):
     "Six images and a calibration become one BEV feature map and its vehicle logits"
     def __init__(self,
@@ -242,6 +242,7 @@ class LiftSplat(nn.Module):
     ):
         super().__init__()
         self.cfg, self.img_aug = cfg, ImgAug(out_size=cfg.img_size)   # how images are brought to the network's size when it is used
+        self.classes, self.company_ids = ('vehicle.*',), []          # what the map shows, and whose identity it was trained on
         self.cam_encode, self.bev_encode = cam_encode or CamEncode(cfg), bev_encode or BevEncode(cfg)
         self.local_encode = LocalEncode(cfg) if cfg.appearance else None
         self.head = nn.Conv2d(cfg.bev_channels+cfg.context_channels*(cfg.appearance > 0), 1, 1)
@@ -373,7 +374,7 @@ def rgb_bev(
     sums = sums.unflatten(1, (-1, 4)).sum(1)   # layers of height are added up
     return torch.cat([sums[:, :3]/sums[:, 3:].clamp(min=1e-6), sums[:, 3:]], 1)
 
-# %% ../nbs/06_lss.ipynb #4848c33a
+# %% ../nbs/06_lss.ipynb #fc39036c
 def load_lss(
     path, # Checkpoint, or folder of a run
     *,
@@ -384,7 +385,9 @@ def load_lss(
     if 'lss' not in state['config']: raise ValueError(f"{path} is not an LSS checkpoint: it holds {', '.join(state['config'])}")
     model = LiftSplat(replace(cfg := from_plain(LSSConfig, state['config']['lss']), pretrained=False))
     model.cfg = cfg
-    if 'recipe' in state['config']: model.img_aug = from_plain(ImgAug, state['config']['recipe']['img_aug'])   # as it was validated
+    if recipe := state['config'].get('recipe'):                         # as it was trained
+        model.img_aug, model.classes = from_plain(ImgAug, recipe['img_aug']), tuple(recipe.get('classes', model.classes))
+    model.company_ids = state['config'].get('data', {}).get('company_ids', [])
     weights = {k.removeprefix('lss.'): v for k, v in state['model'].items() if not k.startswith('company.')}
     try: model.load_state_dict(weights)
     except RuntimeError as e: raise ValueError(f"the weights of {path} do not fit the network of its configuration (was it made by another version?): {str(e).splitlines()[-1].strip()}") from e

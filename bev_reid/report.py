@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fig_rig', 'fig_bev', 'fig_tracks', 'rankings', 'fig_retrieval', 'fig_curves', 'page', 'make_report']
 
-# %% ../nbs/10c_report.ipynb #521a463b
+# %% ../nbs/10c_report.ipynb #9106f443
 import html, json, os
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 import matplotlib.pyplot as plt
 
 from .data import DrivingData, SampleDataset, collate_samples
-from .dataset import ReIDDataset
+from .dataset import ReIDDataset, fingerprint
 from .evaluate import format_table, junk_mask
 from .fit import read_metrics, write_atomic
 from .lss import load_lss, rgb_bev, run_lss
@@ -33,7 +33,7 @@ def fig_rig(
     return show_rig([data.image(p) for p in f.img_paths], f.cams, boxes=f.boxes[keep], intrins=f.intrins, cam2ego=f.cam2ego,
                     ids=[f.instance_tokens[i] for i in keep], width=10)
 
-# %% ../nbs/10c_report.ipynb #8d3e56b6
+# %% ../nbs/10c_report.ipynb #567acd6b
 @torch.no_grad()
 def fig_bev(
     model, # LiftSplat
@@ -41,7 +41,7 @@ def fig_bev(
     sample_token:str,
 ): # Axes
     "Truth, prediction, splatted colours and features of a keyframe, with the true boxes"
-    ds = SampleDataset(data, [sample_token], img_aug=model.img_aug, grid=model.cfg.grid)
+    ds = SampleDataset(data, [sample_token], img_aug=model.img_aug, grid=model.cfg.grid, categories=model.classes)
     batch = collate_samples([ds[0]])
     out, grid, boxes = run_lss(model, batch), model.cfg.grid, batch['boxes'][0]
     axs = new_axes(1, 4, size=(3., 3.1))[0]
@@ -100,7 +100,7 @@ def rankings(
     ranked, dist = np.array([r[0][:k] for r in rows]), np.array([r[1][:k] for r in rows])
     return dict(query=np.array(q), ranked=ranked, dist=dist, correct=obs.ids[ranked] == obs.ids[q][:, None])
 
-# %% ../nbs/10c_report.ipynb #de7634f5
+# %% ../nbs/10c_report.ipynb #3b4a88dc
 def fig_retrieval(
     ds:ReIDDataset,
     ranked:dict, # From `rankings`
@@ -109,7 +109,7 @@ def fig_retrieval(
 ): # Axes
     "Queries and their ranked gallery as BEV crops and camera patches, right and wrong framed"
     def pics(w, i): return torch.from_numpy(ds.read(w, np.ravel(i)).astype(np.float32 if w == 'crops' else np.uint8)).unflatten(0, np.shape(i))
-    labels = [f"{ds.table['category'][i].split('.')[1]}, {ds.table['range'][i]:.0f} m" for i in ranked['query']]
+    labels = [f"{ds.table['category'][i].split('.')[:2][-1]}, {ds.table['range'][i]:.0f} m" for i in ranked['query']]
     q, r = ranked['query'], ranked['ranked']
     return show_retrieval(list(pics(what, q)), [list(x) for x in pics(what, r)], correct=torch.from_numpy(ranked['correct']), dist=torch.from_numpy(ranked['dist']),
                           labels=labels, patches=(list(pics('patches', q)), [list(x) for x in pics('patches', r)]))
@@ -149,7 +149,7 @@ def _pic(axes, alt):
     plt.close(np.ravel(axes)[0].figure)
     return out
 
-# %% ../nbs/10c_report.ipynb #28e93348
+# %% ../nbs/10c_report.ipynb #9f97b3a0
 def make_report(
     path, # HTML file to write
     *,
@@ -167,25 +167,27 @@ def make_report(
     s = results['settings']
     ds = ReIDDataset(dataset, split=s['split'], min_visibility=s['min_visibility'])
     model, net = load_lss(lss_run), load_metric(metric_run).net
+    if fingerprint(model) != ds.config['weights']: raise ValueError(f"{lss_run} is not the network that the data set {dataset} was made with: name its run or checkpoint")
     emb = results.get('embeddings'); emb = embed(net, ds.read('crops')).numpy() if emb is None else emb
     tokens, count = np.unique(ds.table['sample_token'], return_counts=True)
     token = str(tokens[count.argmax()])
     iou = f" Over {lss_scores['n_samples']} held-out keyframes the predicted vehicles reach an IoU of <b>{100*lss_scores['iou']:.1f} %</b>; depths are off by {lss_scores['depth_mae']:.1f} m on average." if lss_scores else ''
-    gap = f"Gallery: {'all observations of the split' if s['scope'] == 'all' else 'the same scene'}, except the same keyframe and the same scene within {s['min_gap']:g} s. {s['n_obs']} observations of {s['n_ids']} vehicles, {s['ids_seen_in_training']} of them seen in training. Brackets around the learned rank-1 and mAP: 95 % interval over vehicles."
+    gap = f"Gallery: {dict(all='all observations of the split', scene='the same scene', other='the other scenes')[s['scope']]}, except the same keyframe and the same scene within {s['min_gap']:g} s. {s['n_obs']} observations of {s['n_ids']} vehicles, {s['ids_seen_in_training']} of them seen in training. Brackets around the learned rank-1 and mAP: 95 % interval over vehicles."
     rows = [dict(r, rank1_ci='{:.1f} – {:.1f}'.format(*(100*v for v in r['rank1_ci'])) if 'rank1_ci' in r else '', mAP_ci='{:.1f} – {:.1f}'.format(*(100*v for v in r['mAP_ci'])) if 'mAP_ci' in r else '') for r in results['rows']]
     table = format_table(rows, fmt='html', columns=('method', 'rank1', 'rank1_ci', 'rank5', 'mAP', 'mAP_ci', 'mINP', 'n_queries', 'n_ids', 'n_gallery'))
     shots = format_table(results['single_shot'], fmt='html', columns=('method', 'rank1', 'rank1_std', 'rank5', 'mAP', 'n_ids', 'n_galleries'))
+    with_company = bool(getattr(model, 'company_ids', []))
     cmc = {k: v for k, v in results['cmc'].items() if 'leak' not in k}
     sections = [
         ('How often is the right vehicle found?', gap, table),
         ('Queries and their rankings', 'Queries drawn by a seed, not chosen. Left the query, then the gallery vehicles by distance, each shown once: splatted colours (front up) and the largest camera patch. Green: the same vehicle; red: another.',
          _pic(fig_retrieval(ds, rankings(emb, ds, min_gap=s['min_gap'], scope=s['scope'], n=n_queries)), 'retrieval rows')),
         ('Cumulative match characteristic', 'Share of queries whose vehicle stands among the first k.', _pic(show_cmc(cmc), 'CMC curves')),
-        ('What the cameras see', f'Keyframe <code>{token}</code> of the held-out split; one colour per vehicle.', _pic(fig_rig(data, token), 'camera images with boxes')),
+        ('What the cameras see', f'Keyframe <code>{token}</code> with held-out vehicles; one colour per vehicle.', _pic(fig_rig(data, token), 'camera images with boxes')),
         ('What the map makes of it', f'The same keyframe from above, forward is up.{iou}', _pic(fig_bev(model, data, token), 'bird\'s-eye view')),
         ('Vehicles over time', 'The largest camera patch of some held-out vehicles, and below the same vehicles as heading-up crops of the splatted colours and of the features. The captions are distances.',
          ''.join(_pic(fig_tracks(ds, what=w), w) for w in ('patches', 'rgb', 'crops'))),
         ('One probe, one gallery image', 'The single-shot protocol of the original: one probe and one gallery observation per vehicle, repeated over galleries.', shots),
-        ('Training', 'Losses of both trainings. The identity loss keeps appearance in the map; it sees training vehicles alone.', _pic(fig_curves(Path(lss_run) if Path(lss_run).is_dir() else Path(lss_run).parent.parent, metric_run), 'training curves')),
+        ('Training', 'Losses of both trainings. '+('The identity loss keeps appearance in the map; it sees training vehicles alone.' if with_company else ''), _pic(fig_curves(Path(lss_run) if Path(lss_run).is_dir() else Path(lss_run).parent.parent, metric_run), 'training curves')),
     ]
     return write_atomic(path, lambda p: p.write_text(page(title, lead, sections), encoding='utf-8'))

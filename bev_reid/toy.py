@@ -1272,28 +1272,24 @@ VERSION, FORMAT = 'v1.0-toy', 1
 def _stored(cfg): return json.loads(json.dumps(dict(format=FORMAT, **asdict(cfg))))
 def _restored(d): return ToyConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k != 'format'})
 
-# %% ../nbs/03_toy.ipynb #157c2ce7
+# %% ../nbs/03_toy.ipynb #0bda0afd
 def _job(cfg, part, index): write_scene(_restored(json.loads(cfg)), Path(part), int(index))
 
 def _run_jobs(cfg, part, todo, workers, progress):
-    "Make scenes, each in a process that imports this module alone (no `__main__` needed, as `spawn` would)"
+    "Make scenes, each in a process that imports this module alone (no `__main__` needed, as `spawn` would); this one only waits, so Ctrl-C always reaches it"
     import subprocess, sys
     from concurrent.futures import ThreadPoolExecutor, as_completed
     from tqdm.auto import tqdm
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(p or os.getcwd() for p in sys.path)}
     running = []
     def job(i):
-        if workers == 1: return write_scene(cfg, part, i)
         code = 'import sys; from bev_reid.toy import _job; _job(*sys.argv[1:])'
         p = subprocess.Popen([sys.executable, '-c', code, json.dumps(_stored(cfg)), str(part), str(i)], env=env, stderr=subprocess.PIPE, text=True)
         running.append(p); err = p.communicate()[1]
         if p.returncode: raise OSError(f'scene {i} of the toy world failed (exit {p.returncode}): {(err.strip().splitlines() or ["no message"])[-1]}')
     pool = ThreadPoolExecutor(workers)
     try:
-        if workers == 1:
-            for i in tqdm(todo, desc='toy scenes', disable=not progress): job(i)
-        else:
-            for f in tqdm(as_completed([pool.submit(job, i) for i in todo]), total=len(todo), desc='toy scenes', disable=not progress): f.result()
+        for f in tqdm(as_completed([pool.submit(job, i) for i in todo]), total=len(todo), desc='toy scenes', disable=not progress): f.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for p in running: p.poll() is None and p.terminate()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LSSRecipe', 'jitter', 'LSSWithCompany', 'train_lss', 'MetricRecipe', 'CropBatches', 'train_metric', 'observations',
-           'baseline_features', 'evaluate_reid', 'watch']
+           'parts', 'baseline_features', 'evaluate_reid', 'watch']
 
 # %% ../nbs/10b_train.ipynb #c62ad917
 import json, logging, os, time
@@ -24,7 +24,7 @@ from .fit import Batches, FitConfig, MetricsLog, checkpoints, fit, from_plain, l
 from .lss import LiftSplat, LSSConfig, eval_lss, lss_loss, run_lss
 from .metric import MetricConfig, MetricModel, embed, load_metric, reindex
 
-# %% ../nbs/10b_train.ipynb #07c34f3c
+# %% ../nbs/10b_train.ipynb #b7f134e9
 @dataclass(frozen=True)
 class LSSRecipe:
     "Everything that decides an LSS training"
@@ -56,7 +56,7 @@ class LSSRecipe:
         if name == 'toy':
             aug = ImgAug(out_size=lss.img_size, resize=(1., 1.1), crop_bottom=(0., .1), flip=False, rotate=(0., 0.))
             base = dict(lss=lss, img_aug=aug, batch_size=1, n_cams=None, company_weight=1., photometric=.25,
-                        fit=FitConfig(max_steps=1200, lr=2e-3, schedule='one_cycle', checkpoint_every=100, log_every=10, amp='bf16' if _fast_bf16() else 'no'))
+                        fit=FitConfig(max_steps=1400, lr=2e-3, schedule='one_cycle', checkpoint_every=100, log_every=10, amp='bf16' if _fast_bf16() else 'no'))
         else: base = dict(lss=lss, img_aug=ImgAug(out_size=lss.img_size))
         out = cls(**{**base, **kw})
         return replace(out, fit=replace(out.fit, max_steps=max_steps)) if max_steps else out
@@ -110,7 +110,7 @@ class LSSWithCompany(nn.Module):
         if not rows: return torch.zeros(0, 7, device=device), *[torch.zeros(0, dtype=torch.long, device=device)]*2
         return torch.stack([r[0] for r in rows]).to(device), *[torch.tensor([r[j] for r in rows], device=device) for j in (1, 2)]
 
-# %% ../nbs/10b_train.ipynb #d8d6c84e
+# %% ../nbs/10b_train.ipynb #0c956393
 def train_lss(
     data:DrivingData,
     run_dir, # Folder of the run
@@ -125,22 +125,23 @@ def train_lss(
     progress:bool=False,
 )->dict: # As `fit`, and the number of samples left out
     "Train the camera-to-BEV network; killed and called again it goes on"
-    splits, names = data.splits(), identities(data, sides.classes)
+    splits, names, ids = data.splits(), {}, []
     split = next((s for s in ('train', 'mini_train') if s in splits), 'all') if split == 'auto' else split
-    side = identity_sides(data, sides)
     tokens = data.sample_tokens(split)
-    here = {a for t in tokens for a in data.frame(t).instance_tokens}
-    ids = sorted({n for t, n in names.items() if t in here and side[n] == 'train'})
+    if recipe.company_weight:
+        names, side = identities(data, sides.classes), identity_sides(data, sides)
+        ids = sorted({names[t] for t in data.tracks(split, categories=sides.classes) if side[names[t]] == 'train'})
     label = {n: i for i, n in enumerate(ids)}
+    for s in data.split_scenes(split): data.frame(data.sample_tokens(scenes=[s])[0])   # a broken calibration is named before anything is written
     torch.manual_seed(recipe.fit.seed)
     model = LSSWithCompany(recipe, {t: label[n] for t, n in names.items() if n in label} if len(ids) > 1 else {})
     common = dict(img_aug=recipe.img_aug, grid=recipe.lss.grid, sweeps=sweeps, categories=recipe.classes, skip_missing=skip_missing)
-    ds = SampleDataset(data, tokens, train=True, bev_aug=recipe.bev_aug, n_cams=recipe.n_cams, seed=recipe.fit.seed, cache=n_workers == 0, **common)
+    ds = SampleDataset(data, tokens, train=True, bev_aug=recipe.bev_aug, n_cams=recipe.n_cams, seed=recipe.fit.seed, cache=n_workers == 0 and len(tokens)*len(data.cams) < 20_000, **common)
     batches = Batches(ds, shuffled(len(ds), recipe.batch_size, seed=recipe.fit.seed), collate_fn=collate_samples, n_workers=n_workers)
     held = next((s for s in ('val', 'mini_val') if s in splits), None)
     val = SampleDataset(data, data.sample_tokens(held), train=False, **common) if held else None
-    def validate(m): return eval_lss(m.lss, Batches(val, shuffled(len(val), 1, shuffle=False), collate_fn=collate_samples).epoch(0))
-    config = dict(lss=recipe.lss, recipe=recipe, data=dict(version=data.version, split=split, n_samples=len(ds), n_ids=len(ids)))
+    def validate(m): return eval_lss(m.lss, Batches(val, shuffled(len(val), 1, shuffle=False), collate_fn=collate_samples, n_workers=n_workers).epoch(0))
+    config = dict(lss=recipe.lss, recipe=recipe, data=dict(version=data.version, split=split, n_samples=len(ds), company_ids=ids if model.company is not None else []))
     out = fit(model, lambda m, b: m(b), batches, run_dir=run_dir, cfg=recipe.fit, config=config,
               validate=validate if val else None, device=device, progress=progress)
     return {**out, 'n_skipped': len(ds.skipped)+len(val.skipped if val else ())}
@@ -219,7 +220,16 @@ def observations(
     "Identity, keyframe, time and scene of each observation"
     return Observations(ds.table['identity'], ds.table['sample_token'], ds.times, ds.table['scene_token'])
 
-# %% ../nbs/10b_train.ipynb #09558907
+# %% ../nbs/10b_train.ipynb #52c781ca
+def parts(
+    ds:ReIDDataset,
+    what:str, # `crops`, `rgb` or `patches`
+    n:int=4096, # Observations at a time
+): # Arrays of up to n rows
+    "Read a data set piece by piece: that of nuScenes does not fit into memory"
+    return (ds.read(what, range(i, min(i+n, len(ds)))) for i in range(0, len(ds), n))
+
+# %% ../nbs/10b_train.ipynb #85a554c4
 def baseline_features(
     ds:ReIDDataset,
 )->dict: # Name -> (features, metric)
@@ -227,16 +237,17 @@ def baseline_features(
     t = ds.table
     wlh = np.stack([t[k] for k in ('width', 'length', 'height')], 1)
     xyz = np.stack([t[k] for k in ('global_x', 'global_y', 'global_z')], 1)
-    patches, m = ds.read('patches'), BASELINE_METRICS
-    return {'BEV crop, no metric learning': (raw_crop_features(ds.read('crops')), m['raw_crop']),
-            'RGB splat crop': (raw_crop_features(ds.read('rgb')/255.), m['raw_crop']),
-            'colour histogram of the patch': (colour_features(patches), m['colour']),
-            'thumbnail of the patch': (thumbnail_features(patches), m['thumbnail']),
+    m = BASELINE_METRICS
+    def each(fn, what): return np.concatenate([fn(x) for x in parts(ds, what)])
+    return {'BEV crop, no metric learning': (each(raw_crop_features, 'crops'), m['raw_crop']),
+            'RGB splat crop': (each(lambda x: raw_crop_features(x/np.float32(255)), 'rgb'), m['raw_crop']),
+            'colour histogram of the patch': (each(colour_features, 'patches'), m['colour']),
+            'thumbnail of the patch': (each(thumbnail_features, 'patches'), m['thumbnail']),
             'position (nobody moves)': (position_features(xyz), m['position']),
             'box size, 5 % noise (leak)': (box_size_features(wlh, noise=.05), m['box_size']),
             'box size as annotated (leak)': (box_size_features(wlh), m['box_size'])}
 
-# %% ../nbs/10b_train.ipynb #98f6152a
+# %% ../nbs/10b_train.ipynb #e049f55a
 def evaluate_reid(
     checkpoint, # Metric checkpoint, or folder of a run
     dataset, # Folder of a ReID data set
@@ -253,11 +264,9 @@ def evaluate_reid(
     ck = load_metric(checkpoint, device=device); config = ck.config
     if 'dataset' not in config: raise ValueError(f"{checkpoint} does not say which data set it was trained on: train it with train_metric (bev_reid_train)")
     ds, want = ReIDDataset(dataset, split=split, min_visibility=min_visibility), config['dataset']
-    for k in ('bev_channels',):
-        if ds.config['lss'][k] != want['lss'][k]: raise ValueError(f"{checkpoint} was trained on crops with {k}={want['lss'][k]}, but {dataset} has {ds.config['lss'][k]}")
     if ds.config['weights'] != want['weights']: raise ValueError(f"{checkpoint} was trained on crops of another BEV network ({want['source']}, weights {want['weights']}) than those of {dataset} ({ds.config['source']}, weights {ds.config['weights']}): build both data sets with the same one")
     if ds.config['dataset']['crop'] != want['dataset']['crop']: raise ValueError(f"{checkpoint} was trained on crops {want['dataset']['crop']}, but {dataset} has {ds.config['dataset']['crop']}")
-    obs, emb = observations(ds), embed(ck.net, ds.read('crops')).numpy()
+    obs, emb = observations(ds), torch.cat([embed(ck.net, c) for c in parts(ds, 'crops')]).numpy()
     seen = set(config['id_map']) & set(ds.table['identity'])
     methods = {'learned embedding': emb, **(baseline_features(ds) if baselines else {})}
     kw = dict(min_gap=min_gap, scope=scope)
@@ -266,27 +275,29 @@ def evaluate_reid(
     except ValueError as e: shots = [dict(method=str(e))]
     return dict(rows=rows, single_shot=shots, cmc={r['method']: r.pop('cmc') for r in rows if 'cmc' in r}, embeddings=emb,
                 settings=dict(split=split, min_gap=min_gap, scope=scope, min_visibility=min_visibility, step=ck.step, n_obs=len(ds), n_ids=ds.n_ids,
-                              ids_seen_in_training=len(seen), dataset=str(dataset), checkpoint=str(checkpoint)))
+                              ids_seen_in_training=len(seen), without_patch=int((ds.table['cam'] == '').sum()), dataset=str(dataset), checkpoint=str(checkpoint)))
 
-# %% ../nbs/10b_train.ipynb #36dbe301
+# %% ../nbs/10b_train.ipynb #0fb55363
 def watch(
     run_dir, # Folder of a training, running or ended
     evaluate, # Function checkpoint path -> dict of numbers
     *,
+    settings:dict|None=None, # How it is evaluated; results made otherwise are not taken over
     poll:float=5., # Seconds between two looks
     on_result=None, # Called with (step, numbers)
 )->dict: # step -> numbers
     "Evaluate every checkpoint of a run once, until the run has ended"
     path = Path(run_dir)/'eval.json'
     if not Path(run_dir).exists(): raise FileNotFoundError(f"no run at {run_dir}: start the training first")
-    done = json.loads(path.read_text()) if path.exists() else {}
+    old, settings = json.loads(path.read_text()) if path.exists() else {}, plain(settings or {})
+    done = old['steps'] if old.get('settings') == settings else {}
     while True:
         ended = (Path(run_dir)/'done.json').exists()
         new = [c for c in checkpoints(run_dir) if str(int(c.stem.split('_')[1])) not in done]
         for c in new:
             if not c.exists(): continue                                # dropped by `keep` meanwhile
             step = str(int(c.stem.split('_')[1])); done[step] = plain(evaluate(c))
-            write_json(path, done)
+            write_json(path, dict(settings=settings, steps=done))
             if on_result: on_result(int(step), done[step])
         if ended and not new: return {int(k): v for k, v in done.items()}
         if not new: time.sleep(poll)

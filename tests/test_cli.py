@@ -54,7 +54,7 @@ def test_the_whole_road(said, out, toy_root):
     assert rows[0]['method'] == 'learned embedding' and {'chance', 'position (nobody moves)', 'colour histogram of the patch'} <= {r['method'] for r in rows}
     for w in ('learned embedding', 'chance', 'single-shot', 'rank1', 'mAP'): assert w in said['eval'][0]
     assert [l.split(':')[0] for l in said['watch'][0].splitlines()] == ['step 3', 'step 6']
-    assert json.loads((out/'metric/eval.json').read_text()).keys() == {'3', '6'}
+    assert json.loads((out/'metric/eval.json').read_text())['steps'].keys() == {'3', '6'}
     page = (out/'report.html').read_text()
     assert page.count('<section>') == 8 and 'src="http' not in page and len(page) > 1e5
     assert halves(out) == []
@@ -137,7 +137,7 @@ def test_splits_and_identities(said, out, tmp_path):
     ids = np.array(t['identity'].to_pylist())
     pq.write_table(t.filter(ids == ids[np.array(t['split'].to_pylist()) == 'train'][0]), few/'observations.parquet')
     refused('at least 2 identities', 'train', few, tmp_path/'run', *METRIC, 'min_visibility=1', tmp=tmp_path)
-    refused("no split 'test'", 'eval', out/'metric', few, tmp=tmp_path)
+    refused('holds out nothing', 'eval', out/'metric', few, tmp=tmp_path)
     assert not (tmp_path/'run').exists()
 
 def test_show_without_a_data_set(said, out, tmp_path):
@@ -190,7 +190,7 @@ def test_ctrl_c_while_watching(said, out, tmp_path):
     p = Command('eval', run, out/'reid', '--min-gap', .5, '--watch', tmp=tmp_path)
     p.until(lambda: p.out.read_text().count('step') == 2)                                                       # it waits for a third
     stopped(p)
-    assert json.loads((run/'eval.json').read_text()).keys() == {'3', '6'} and halves(tmp_path) == []
+    assert json.loads((run/'eval.json').read_text())['steps'].keys() == {'3', '6'} and halves(tmp_path) == []
 
 def test_ctrl_c_while_a_world_is_made(tmp_path):
     p = Command('toy', tmp_path/'world', '--n-scenes', 4, '--n-samples', 20, '--workers', 1, tmp=tmp_path)
