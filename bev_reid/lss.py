@@ -20,7 +20,7 @@ from .data import ImgAug, SampleDataset, collate_samples
 from .fit import Batches, FitConfig, fit, from_plain, load_checkpoint, plain, shuffled, to_device
 from .geometry import BEVGrid, frustum_geometry, make_frustum, project
 
-# %% ../nbs/06_lss.ipynb #fa855a38
+# %% ../nbs/06_lss.ipynb #8a0894c9
 @dataclass(frozen=True)
 class LSSConfig:
     "Sizes and losses of the camera-to-BEV network"
@@ -64,8 +64,8 @@ class LSSConfig:
         **kw, # Fields to change
     ):
         "A named configuration"
-        toy = dict(grid=BEVGrid(xbound=(-32, 32, .5), ybound=(-32, 32, .5), dbound=(2, 38, 1)), trunk='lite0', pretrained=True, frozen_blocks=11, stride=8, rays=True, cam_channels=32, appearance=40, lift_rgb=3, context_channels=32,
-                   img_size=(160, 320), up_channels=96, bev_widths=(48, 64, 96), bev_up=64, bev_skip=True, depth_loss='ce', depth_weight=.3,
+        toy = dict(grid=BEVGrid(xbound=(-32, 32, .5), ybound=(-32, 32, .5), dbound=(2, 38, 1)), trunk='lite0', pretrained=True, frozen_blocks=11, stride=8, rays=True, cam_channels=32, appearance=40, lift_rgb=2, context_channels=32,
+                   img_size=(128, 256), up_channels=96, bev_widths=(48, 64, 96), bev_up=64, bev_skip=True, depth_loss='ce', depth_weight=.3,
                    depth_rounding='nearest', frustum_mode='center')
         if name not in (known := {'nuscenes': {}, 'toy': toy}): raise ValueError(f"no LSS recipe {name!r}: choose one of {', '.join(known)}")
         return cls(**{**known[name], **kw})

@@ -24,7 +24,7 @@ from .fit import Batches, FitConfig, MetricsLog, checkpoints, fit, from_plain, l
 from .lss import LiftSplat, LSSConfig, eval_lss, lss_loss, run_lss
 from .metric import MetricConfig, MetricModel, embed, load_metric, reindex
 
-# %% ../nbs/10b_train.ipynb #b7f134e9
+# %% ../nbs/10b_train.ipynb #07c34f3c
 @dataclass(frozen=True)
 class LSSRecipe:
     "Everything that decides an LSS training"
@@ -56,7 +56,7 @@ class LSSRecipe:
         if name == 'toy':
             aug = ImgAug(out_size=lss.img_size, resize=(1., 1.1), crop_bottom=(0., .1), flip=False, rotate=(0., 0.))
             base = dict(lss=lss, img_aug=aug, batch_size=1, n_cams=None, company_weight=1., photometric=.25,
-                        fit=FitConfig(max_steps=1400, lr=2e-3, schedule='one_cycle', checkpoint_every=100, log_every=10, amp='bf16' if _fast_bf16() else 'no'))
+                        fit=FitConfig(max_steps=1200, lr=2e-3, schedule='one_cycle', checkpoint_every=100, log_every=10, amp='bf16' if _fast_bf16() else 'no'))
         else: base = dict(lss=lss, img_aug=ImgAug(out_size=lss.img_size))
         out = cls(**{**base, **kw})
         return replace(out, fit=replace(out.fit, max_steps=max_steps)) if max_steps else out
