@@ -354,7 +354,7 @@ def plain(ax, *, xlabel, ylabel, title=None, legend=True):
 
 def styles(n): return [dict(color=PALETTE[i % 6], ls=('-', '--', ':', '-.')[i//2 % 4], lw=1.6) for i in range(n)]
 
-# %% ../nbs/01_viz.ipynb #6c9fea74
+# %% ../nbs/01_viz.ipynb #7e084f80
 def show_cmc(
     curves:dict, # Name to CMC: share of queries answered within the first k, for k = 1, 2, ...
     *,
@@ -369,7 +369,9 @@ def show_cmc(
         ax.plot(np.arange(1, len(y)+1), y, label=f'{name} ({y[0]:.1f})' if len(y) else name, **style)
     ax.set(ylim=(0, 102), xlim=(.8, max_rank+.2))
     ax.xaxis.get_major_locator().set_params(integer=True)
-    return plain(ax, xlabel='rank', ylabel='queries answered (%)', title=title)
+    plain(ax, xlabel='rank', ylabel='queries answered (%)', title=title, legend=False)
+    if curves: ax.legend(fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))   # beside the curves: they fill the box
+    return ax
 
 # %% ../nbs/01_viz.ipynb #4a06d201
 def show_curves(
