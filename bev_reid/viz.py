@@ -246,9 +246,9 @@ def show_bev_boxes(
     for i, (y, x) in enumerate(yx.mean(1) if labels is not None else []): ax.text(y, x, str(labels[i]), color=rgb[i], fontsize=7, clip_on=True)
     return ax
 
-# %% ../nbs/01_viz.ipynb #2a61deb6
+# %% ../nbs/01_viz.ipynb #c116efd4
 def show_bev(
-    bev, # (c x y) or (x y); more than three channels become their main components; None draws an empty grid
+    bev, # (c x y) or (x y); three channels are colours, any other number becomes its main components; None draws an empty grid
     grid:BEVGrid, # Where the cells lie
     *,
     boxes:Float[Tensor, "k 7"]|None=None, # Ego frame
@@ -265,7 +265,7 @@ def show_bev(
     if bev is not None:
         pic = np.squeeze(to_np(bev), 0) if np.ndim(bev) == 3 and len(bev) == 1 else to_np(bev)
         if pic.ndim not in (2, 3) or pic.shape[-2:] != grid.nx[:2]: raise ValueError(f"a map of this grid is (c x y) or (x y) with x y = {grid.nx[:2]}, got {tuple(np.shape(bev))}")
-        if pic.ndim == 3: pic = pca_rgb(torch.as_tensor(pic).float()) if len(pic) > 3 else np.clip(pic, 0, 1).transpose(1, 2, 0)
+        if pic.ndim == 3: pic = pca_rgb(torch.as_tensor(pic).float()) if len(pic) != 3 else np.clip(pic, 0, 1).transpose(1, 2, 0)
     ax = new_axes()[0, 0] if ax is None else ax
     if bev is not None: ax.imshow(pic.astype(float), origin='lower', extent=(ylo, yhi, xlo, xhi), interpolation='nearest', vmin=vmin, vmax=vmax, cmap=plt.get_cmap(cmap).with_extremes(bad=GREY))
     if points is not None: ax.scatter(*to_np(points)[:, [1, 0]].T, s=.4, c='k' if bev is None else 'w', linewidths=0)
@@ -277,11 +277,11 @@ def show_bev(
     if title is not None: ax.set_title(title, fontsize=8, pad=3)
     return ax
 
-# %% ../nbs/01_viz.ipynb #ab201c4d
+# %% ../nbs/01_viz.ipynb #e3b92898
 def crop_pics(
     crops, # Crops (i c h w), or a list of (c h w) whose sizes may differ
 )->list: # Pictures (h w 3)
-    "Pictures of crops; more than three channels become their main components, taken over all of them"
+    "Pictures of crops; three channels are colours, any other number becomes its main components, taken over all of them"
     crops = [torch.as_tensor(c) for c in crops]
     wide = [i for i, c in enumerate(crops) if c.ndim == 3 and len(c) > 3 and c.shape[-1] > 3]
     pics = dict(zip(wide, pca_rgb(torch.stack([crops[i].float() for i in wide])))) if wide else {}
