@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CropConfig', 'crop_points', 'check_extent', 'crop_bev', 'coverage', 'image_boxes', 'best_patch']
 
-# %% ../nbs/07_crops.ipynb #051af629
+# %% ../nbs/07_crops.ipynb #7ecb3858
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from jaxtyping import Float, Int
 
-from .geometry import BEVGrid, box_bev, box_corners, in_image, metres2cells, project, rot_z
+from .geometry import BEVGrid, box_corners, in_image, metres2cells, project, rot_z
 
 # %% ../nbs/07_crops.ipynb #4db4bd9d
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 __all__ = ['DatasetConfig', 'observe', 'split_identities', 'identities', 'identity_sides', 'check_lengths', 'fingerprint',
            'build_dataset', 'ReIDDataset', 'held_out_split', 'check_disjoint', 'pk_order']
 
-# %% ../nbs/08_dataset.ipynb #21107937
+# %% ../nbs/08_dataset.ipynb #534ae075
 import hashlib, json, os, shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .crops import CropConfig, best_patch, check_extent, coverage, crop_bev, ima
 from .data import DrivingData, SampleDataset, collate_samples
 from .fit import check_same_config, plain, to_device, write_atomic, write_json
 from .geometry import transform_boxes
-from .lss import LiftSplat, LSSConfig, rgb_bev, run_lss
+from .lss import LiftSplat, rgb_bev, run_lss
 
 # %% ../nbs/08_dataset.ipynb #dec09a37
 @dataclass(frozen=True)

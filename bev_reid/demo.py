@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Stations', 'demo_recipes', 'run_demo', 'summary']
 
-# %% ../nbs/10d_demo.ipynb #4c6a1f7a
-import json, os, time
+# %% ../nbs/10d_demo.ipynb #3a940b55
+import json, time
 from dataclasses import replace
 from pathlib import Path
 

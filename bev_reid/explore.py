@@ -38,7 +38,7 @@ class Picture(Figure):
         return buf.getvalue()
     def _repr_png_(self): return self.png()
 
-# %% ../nbs/10e_explore.ipynb #2687d6a6
+# %% ../nbs/10e_explore.ipynb #d68ebf47
 class Explorer:
     "Rows of controls above a picture that is drawn anew when one of them changes"
     def __init__(self,
@@ -64,7 +64,6 @@ class Explorer:
             if not self._held: (call or self.draw)()
         for c in controls: c.observe(changed, names='value')
 
-    def figure(self)->Picture: raise NotImplementedError
     def draw(self): self.image.value = self.figure().png()
     def _ipython_display_(self):
         from IPython.display import display   # comes with ipywidgets

@@ -7,17 +7,17 @@ __all__ = ['LSSConfig', 'Trunk', 'conv_bn', 'Up', 'ray_features', 'CamEncode', '
            'LocalEncode', 'LiftSplat', 'run_lss', 'depth_target', 'seg_loss', 'depth_loss', 'lss_loss', 'eval_lss',
            'fill_gaps', 'rgb_bev', 'load_lss']
 
-# %% ../nbs/06_lss.ipynb #84886f06
-from dataclasses import dataclass, field, replace
+# %% ../nbs/06_lss.ipynb #1d14293c
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from .bev_pool import bev_pool, make_plan
 from .data import ImgAug, SampleDataset, collate_samples
-from .fit import Batches, FitConfig, fit, from_plain, load_checkpoint, plain, shuffled, to_device
+from .fit import from_plain, load_checkpoint, plain, to_device
 from .geometry import BEVGrid, frustum_geometry, make_frustum, project
 
 # %% ../nbs/06_lss.ipynb #8a0894c9

@@ -311,7 +311,7 @@ class MetricCheckpoint:
     config:dict # All configuration as plain data: `metric`, `id_map` (identity as text to label), and what else was stored
     step:int # Of the training
 
-# %% ../nbs/09_metric.ipynb #905e0417
+# %% ../nbs/09_metric.ipynb #fcfa87fb
 def load_metric(
     path, # Checkpoint, or the folder of a run (its newest is taken)
     *,
@@ -324,5 +324,6 @@ def load_metric(
     if cfg: check_same_config(state['config']['metric'], cfg, path)
     net = CosineMetricNet(from_plain(MetricConfig, state['config']['metric'])).to(device)
     def part(p): return {k.removeprefix(p): v for k, v in state['model'].items() if k.startswith(p)}
-    net.load_state_dict(part('net.'))
+    try: net.load_state_dict(part('net.'))
+    except RuntimeError as e: raise ValueError(f"the weights of {path} do not fit the network of its configuration (was it made by another version?): {str(e).splitlines()[-1].strip()}") from e
     return MetricCheckpoint(net.eval(), part('head.'), state['config'], state['step'])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['fig_rig', 'fig_bev', 'fig_tracks', 'rankings', 'fig_retrieval', 'fig_curves', 'page', 'make_report']
 
-# %% ../nbs/10c_report.ipynb #9106f443
-import html, json, os
+# %% ../nbs/10c_report.ipynb #d2178bf9
+import html
 from pathlib import Path
 
 import numpy as np

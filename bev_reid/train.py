@@ -6,8 +6,8 @@
 __all__ = ['LSSRecipe', 'jitter', 'LSSWithCompany', 'train_lss', 'MetricRecipe', 'CropBatches', 'train_metric', 'observations',
            'parts', 'baseline_features', 'evaluate_reid', 'watch']
 
-# %% ../nbs/10b_train.ipynb #c62ad917
-import json, logging, os, time
+# %% ../nbs/10b_train.ipynb #a410b3ca
+import json, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from torch import nn
 from .crops import CropConfig, crop_bev
 from .data import BEVAug, DrivingData, ImgAug, SampleDataset, collate_samples
 from .dataset import DatasetConfig, ReIDDataset, held_out_split, identities, identity_sides, pk_order
-from .evaluate import (BASELINE_METRICS, Observations, all_observations, bootstrap, box_size_features, colour_features,
+from .evaluate import (BASELINE_METRICS, Observations, box_size_features, colour_features,
                                evaluate_all, position_features, raw_crop_features, single_shot, thumbnail_features)
-from .fit import Batches, FitConfig, MetricsLog, checkpoints, fit, from_plain, load_checkpoint, plain, shuffled, write_json
+from .fit import Batches, FitConfig, from_plain, checkpoints, fit, plain, shuffled, write_json
 from .lss import LiftSplat, LSSConfig, eval_lss, lss_loss, run_lss
 from .metric import MetricConfig, MetricModel, embed, load_metric, reindex
 
-# %% ../nbs/10b_train.ipynb #07c34f3c
+# %% ../nbs/10b_train.ipynb #4ef58728
 @dataclass(frozen=True)
 class LSSRecipe:
     "Everything that decides an LSS training"
@@ -43,6 +43,8 @@ class LSSRecipe:
 
     def __post_init__(self):
         if self.img_aug.out_size != tuple(self.lss.img_size): object.__setattr__(self, 'img_aug', replace(self.img_aug, out_size=tuple(self.lss.img_size)))   # the network decides
+        if isinstance(self.bev_aug, dict): object.__setattr__(self, 'bev_aug', from_plain(BEVAug, self.bev_aug))      # --set 'bev_aug={}'
+        if not (self.bev_aug is None or isinstance(self.bev_aug, BEVAug)): raise ValueError(f"bev_aug must be null or the fields of a BEVAug, such as {{}}, got {self.bev_aug!r}")
 
     @classmethod
     def recipe(cls,

@@ -153,3 +153,10 @@ def test_split_identities():
     assert (s == 'test').sum() == 15 and all(len(set(s[ids == i])) == 1 for i in set(ids))
     assert (s == split_identities(ids, held_out=.25)).all() and (s != split_identities(ids, held_out=.25, seed=2)).any()
     with pytest.raises(ValueError, match='cannot be split'): split_identities(ids[:9], held_out=.1)
+
+def test_a_map_that_knows_a_held_out_vehicle_is_refused(tmp_path, toy_root):
+    data = DrivingData(toy_root)
+    held = [n for n, s in D.identity_sides(data, CFG).items() if s != 'train']
+    model = network(); model.company_ids = held[:1]
+    with pytest.raises(ValueError, match='would hold out'): D.build_dataset(model, data, tmp_path/'reid', cfg=CFG)
+    assert not (tmp_path/'reid').exists()

@@ -202,3 +202,13 @@ def test_two_processes_are_two_batches(tmp_path):
         assert len(read_metrics(tmp_path/name)['train/loss'][0]) == 6     # one process writes
     assert runs['two']['model'].keys() == runs['one']['model'].keys()
     for k, v in runs['one']['model'].items(): torch.testing.assert_close(runs['two']['model'][k], v)
+
+def test_a_run_whose_config_holds_its_recipe_can_be_made_longer():
+    "the real trainings store the whole recipe, and the length stands in it a second time"
+    import tempfile
+    with tempfile.TemporaryDirectory() as d:
+        def run(steps, lr=1e-3):
+            m, cfg = nn.Linear(1, 1), FitConfig(max_steps=steps, lr=lr)
+            return Run(m, torch.optim.Adam(m.parameters()), run_dir=d, cfg=cfg, config=dict(recipe=dict(fit=cfg)))
+        run(10).save(); run(20)
+        with pytest.raises(ValueError, match='lr'): run(20, lr=1e-2)
