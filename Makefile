@@ -18,7 +18,7 @@ docs: $(VENV)/.stamp-docs
 	$(BIN)/python nbs/_tools/site.py --out _docs
 
 bench: $(VENV)/.stamp-dev
-	$(BIN)/python nbs/_tools/bench.py
+	$(BIN)/python nbs/_tools/bench
 
 # Runs every notebook and stores its outputs; name some with NB="06_lss 07_crops", flags with FLAGS="--flags nuscenes"
 outputs: $(VENV)/.stamp-docs

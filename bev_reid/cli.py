@@ -19,26 +19,14 @@ def _stop(*_):
 
 if _command.startswith('bev_reid_') and signal.getsignal(signal.SIGINT) == signal.default_int_handler: signal.signal(signal.SIGINT, _stop)
 
-# %% ../nbs/11_cli.ipynb #a5be27b3
+# %% ../nbs/11_cli.ipynb #9403cf7f
 from dataclasses import fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 
-import torch
 from fastcore.script import Param, call_parse
 
-from .crops import CropConfig
-from .data import DrivingData, SampleDataset, collate_samples
-from .dataset import DatasetConfig, build_dataset, held_out_split
-from .demo import run_demo
-from .evaluate import format_table
-from .fit import Batches, plain, shuffled, write_json
-from .lss import eval_lss, load_lss
-from .report import make_report
-from .toy import make_toy
-from .train import LSSRecipe, MetricRecipe, evaluate_reid, train_lss, train_metric, watch as watch_run
-
-# %% ../nbs/11_cli.ipynb #a4fed263
+# %% ../nbs/11_cli.ipynb #6fb2589a
 def verb(
     func, # Function whose docments are its help
 ): # The function, and a command when it is run as a script
@@ -46,8 +34,10 @@ def verb(
     @wraps(func)
     def run(*args, **kwargs):
         if _command != func.__name__: return func(*args, **kwargs)
-        if signal.getsignal(signal.SIGINT) == _stop: signal.signal(signal.SIGINT, signal.default_int_handler)   # from here on there may be something to clean up
-        try: func(*args, **kwargs)
+        try:
+            import bev_reid.train   # the slow part of the start, while Ctrl-C still ends at once
+            if signal.getsignal(signal.SIGINT) == _stop: signal.signal(signal.SIGINT, signal.default_int_handler)   # from here on there may be something to clean up
+            func(*args, **kwargs)
         except KeyboardInterrupt: _stop()
         except (ValueError, OSError, ImportError) as e:
             print(f'{func.__name__}: error: {e}', file=sys.stderr)
@@ -63,7 +53,7 @@ def _value(text):
         except (ValueError, SyntaxError): pass
     return text
 
-# %% ../nbs/11_cli.ipynb #90b7c9a5
+# %% ../nbs/11_cli.ipynb #04b1de6d
 def set_fields(
     cfg, # Configuration dataclass
     pairs:list, # `dotted.name=value`, values as JSON or plain words
@@ -83,24 +73,25 @@ def set_fields(
         if is_dataclass(old): raise ValueError(f"--set {pair}: {head} is a group; name one of its parts: {', '.join(f'{head}.{f.name}' for f in fields(old))}")
         if isinstance(value, (list, tuple)): value = tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
         elif isinstance(old, (int, float)) and not isinstance(value, (int, float)): raise ValueError(f"--set {pair}: {name} is a number, like {old}")
-        elif isinstance(old, tuple) and not isinstance(value, tuple): raise ValueError(f"--set {pair}: {name} is a list, like {json.dumps(plain(old))}")
+        elif isinstance(old, tuple) and not isinstance(value, tuple): raise ValueError(f"--set {pair}: {name} is a list, like {json.dumps(old)}")
         changes[head] = value
     changes.update({k: set_fields(getattr(cfg, k), v) for k, v in parts.items()})
     try: return replace(cfg, **changes)
     except TypeError as e: raise ValueError(f"--set {' '.join(pairs)}: {e}") from e
 
-# %% ../nbs/11_cli.ipynb #943f9c99
+# %% ../nbs/11_cli.ipynb #21cf36d1
 _set = Param('Fields of the recipe to change, such as fit.lr=5e-4', str, nargs='*')
 _words = lambda text: Param(text, str, nargs='*')
 
 def _device(name):
+    import torch
     if name not in ('auto', 'cpu', 'cuda'): raise ValueError(f"--device must be auto, cpu or cuda, got {name!r}")
     if name == 'cuda' and not torch.cuda.is_available(): raise ValueError("--device cuda: this machine has no GPU that PyTorch can use; leave the option out")
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' or (name == 'auto' and torch.cuda.is_available()) else 'cpu'
 
 def _share(): return dict(rank=int(os.environ.get('RANK', 0)), world=int(os.environ.get('WORLD_SIZE', 1)))
 
-# %% ../nbs/11_cli.ipynb #58f602c0
+# %% ../nbs/11_cli.ipynb #9351b3bf
 @verb
 def bev_reid_toy(
     out:str, # Folder to write
@@ -114,10 +105,12 @@ def bev_reid_toy(
     workers:int=0, # Processes; 0 for one per core
 ):
     "Write a toy world in nuScenes format"
+    from bev_reid.data import DrivingData
+    from bev_reid.toy import make_toy
     root = make_toy(out, n_scenes=n_scenes, n_samples=n_samples, seed=seed, conditions=tuple(conditions), img_size=(height, width), sweeps=sweeps, workers=workers or None, progress=True)
     print(f'{root}: {DrivingData(root)}')
 
-# %% ../nbs/11_cli.ipynb #742d2a57
+# %% ../nbs/11_cli.ipynb #b881765e
 @verb
 def bev_reid_train_lss(
     dataroot:str, # Data set in nuScenes format
@@ -136,12 +129,15 @@ def bev_reid_train_lss(
     skip_missing:bool=False, # Go on without samples whose files are missing or damaged
 ):
     "Train the camera-to-BEV network"
+    from bev_reid.data import DrivingData
+    from bev_reid.dataset import DatasetConfig
+    from bev_reid.train import LSSRecipe, train_lss
     device, data = _device(device), DrivingData(dataroot, version or None, cams=list(cams) or None)
     r = set_fields(LSSRecipe.recipe(recipe, max_steps=steps or None), set)
     out = train_lss(data, run, recipe=r, split=split, sides=DatasetConfig(classes=r.classes, split_by=split_by, held_out=held_out), sweeps=sweeps, n_workers=workers, device=device, skip_missing=skip_missing, progress=True)
     print(f"{run}: step {out['step']}, {out['n_skipped']} samples skipped", *(f'{k} {v:.4g}' for k, v in out['metrics'].items()))
 
-# %% ../nbs/11_cli.ipynb #a248c86f
+# %% ../nbs/11_cli.ipynb #97a66c59
 @verb
 def bev_reid_eval_lss(
     run:str, # Run or checkpoint of the camera-to-BEV network
@@ -153,6 +149,9 @@ def bev_reid_eval_lss(
     skip_missing:bool=False, # Go on without samples whose files are missing or damaged
 ):
     "IoU of the vehicle map and error of the depths"
+    from bev_reid.data import DrivingData, SampleDataset, collate_samples
+    from bev_reid.fit import Batches, plain, shuffled, write_json
+    from bev_reid.lss import eval_lss, load_lss
     model, data = load_lss(run, device=_device(device)), DrivingData(dataroot, version or None)
     split = next((s for s in ('test', 'val', 'mini_val', 'all') if s in data.splits()), 'all') if split == 'auto' else split
     ds = SampleDataset(data, data.sample_tokens(split), img_aug=model.img_aug, grid=model.cfg.grid, categories=model.classes, skip_missing=skip_missing)
@@ -163,7 +162,7 @@ def bev_reid_eval_lss(
     print(f"{split}: IoU {100*scores['iou']:.1f} %, depth error {scores['depth_mae']:.2f} m, {scores['n_samples']} samples, {scores['n_skipped']} skipped")
     return scores
 
-# %% ../nbs/11_cli.ipynb #53c9a95d
+# %% ../nbs/11_cli.ipynb #57c23833
 @verb
 def bev_reid_dataset(
     run:str, # Run or checkpoint of the camera-to-BEV network
@@ -181,14 +180,21 @@ def bev_reid_dataset(
     workers:int=0, # Loader processes
     device:str='auto', # auto, cpu or cuda
     skip_missing:bool=False, # Go on without samples whose files are missing or damaged
+    amp:str='auto', # Precision of the network: no (float32), bf16, or auto
+    patch_from:str='original', # Cut camera patches from the original images, or from the shrunk ones (faster)
+    batch:int=0, # Keyframes per batch; 0: 8 on a GPU, else 1
 ):
     "Crop every vehicle of every keyframe; under torchrun each process takes a share of the scenes"
+    from bev_reid.crops import CropConfig
+    from bev_reid.data import DrivingData
+    from bev_reid.dataset import DatasetConfig, build_dataset
+    from bev_reid.lss import load_lss
     model, data = load_lss(run, device=_device(device)), DrivingData(dataroot, version or None, cams=list(cams) or None)
-    cfg = DatasetConfig(crop=CropConfig(extent=extent, size=size, clip=clip), classes=tuple(classes), min_coverage=min_coverage, split_by=split_by, held_out=held_out, skip_missing=skip_missing)
-    path = build_dataset(model, data, out, cfg=cfg, source=str(run), n_workers=workers, progress=True, **_share())
+    cfg = DatasetConfig(crop=CropConfig(extent=extent, size=size, clip=clip), classes=tuple(classes), min_coverage=min_coverage, split_by=split_by, held_out=held_out, skip_missing=skip_missing, patch_from=patch_from)
+    path = build_dataset(model, data, out, cfg=cfg, source=str(run), n_workers=workers, amp=amp, batch_size=batch or None, progress=os.environ.get('LOCAL_RANK', '0') == '0', **_share())
     print(f"{path}: {(path/'dataset.json').read_text() if (path/'dataset.json').exists() else 'this share is done, others are not'}")
 
-# %% ../nbs/11_cli.ipynb #7bce1929
+# %% ../nbs/11_cli.ipynb #d01b4f76
 @verb
 def bev_reid_train(
     dataset:str, # Folder of a ReID data set
@@ -202,11 +208,12 @@ def bev_reid_train(
     device:str='auto', # auto, cpu or cuda
 ):
     "Train the cosine metric network on the crops of a data set"
+    from bev_reid.train import MetricRecipe, train_metric
     r = set_fields(MetricRecipe.recipe(recipe, max_steps=steps or None, **(dict(loss=loss) if loss else {})), set)
     out = train_metric(dataset, run, recipe=r, split=split, n_workers=workers, device=_device(device), progress=True)
     print(f"{run}: step {out['step']}")
 
-# %% ../nbs/11_cli.ipynb #d83030db
+# %% ../nbs/11_cli.ipynb #b342d90e
 @verb
 def bev_reid_eval(
     run:str, # Run or checkpoint of the metric network
@@ -220,6 +227,10 @@ def bev_reid_eval(
     device:str='auto', # auto, cpu or cuda
 ):
     "Rank held-out vehicles and print the baselines beside the result"
+    from bev_reid.dataset import held_out_split
+    from bev_reid.evaluate import format_table
+    from bev_reid.fit import plain, write_json
+    from bev_reid.train import evaluate_reid, watch as watch_run
     kw = dict(split=split, min_gap=min_gap, scope=scope, min_visibility=min_visibility, device=_device(device))
     if watch:
         kw['split'] = held_out_split(dataset) if split == 'auto' else split
@@ -230,7 +241,7 @@ def bev_reid_eval(
     print(format_table(res['rows']), '\n\nsingle-shot galleries:\n', format_table(res['single_shot'], columns=('method', 'rank1', 'rank1_std', 'rank5', 'mAP', 'n_ids', 'n_galleries')), '\n', json.dumps(plain(res['settings'])), sep='')
     return res
 
-# %% ../nbs/11_cli.ipynb #3c323267
+# %% ../nbs/11_cli.ipynb #b5d08ba4
 @verb
 def bev_reid_show(
     run:str, # Run or checkpoint of the metric network
@@ -245,13 +256,16 @@ def bev_reid_show(
     n:int=8, # Queries to show
 ):
     "Write the page of a trained system: pictures of every station, rankings, tables, curves"
+    from bev_reid.data import DrivingData
+    from bev_reid.report import make_report
+    from bev_reid.train import evaluate_reid
     made = json.loads((Path(dataset)/'config.json').read_text()) if (Path(dataset)/'config.json').exists() else {}
     if not made: raise FileNotFoundError(f"{dataset} is not a ReID data set: it has no config.json")
     res = evaluate_reid(run, dataset, split=split, min_gap=min_gap, scope=scope)
     data = DrivingData(dataroot or made['dataroot'], version or made['version'], cams=made['cams'])
     print(make_report(out, data=data, lss_run=lss or made['source'], dataset=dataset, metric_run=run, results=res, n_queries=n))
 
-# %% ../nbs/11_cli.ipynb #cf959165
+# %% ../nbs/11_cli.ipynb #4aeafdae
 @verb
 def bev_reid_demo(
     out:str='demo', # Folder of everything the demo makes
@@ -260,4 +274,5 @@ def bev_reid_demo(
     device:str='auto', # auto, cpu or cuda
 ):
     "The whole road: toy world, BEV network, data set, metric network, evaluation, page"
+    from bev_reid.demo import run_demo
     run_demo(out, seed=seed, lss_steps=steps or None, device=_device(device))

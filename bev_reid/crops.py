@@ -54,7 +54,7 @@ def check_extent(
         who = f", instance {names[i]}" if names is not None else ''
         raise ValueError(f"crop extent {cfg.extent:.1f} m is smaller than the longest box ({long:.1f} m{who}): pass extent>={int(np.ceil(long))} or clip=True")
 
-# %% ../nbs/07_crops.ipynb #0817910b
+# %% ../nbs/07_crops.ipynb #b7a160c3
 def crop_bev(
     bev:Float[Tensor, "b c x y"], # Any raster in the ego frame
     boxes:Float[Tensor, "k 7"], # Boxes in the ego frame
@@ -67,13 +67,12 @@ def crop_bev(
     if not len(boxes): return bev.new_zeros(0, bev.shape[1], cfg.size, cfg.size)
     cells = metres2cells(crop_points(boxes, cfg), grid)                      # k s s 2, (x, y)
     at = 2*cells/(cells.new_tensor(grid.nx[:2])-1)-1
-    out = bev.new_zeros(len(boxes), bev.shape[1], cfg.size, cfg.size)
-    for i in sample.unique().tolist():                                       # no copy of the map per box
-        k = (sample == i).nonzero().squeeze(1)
-        strip = at[k].flip(-1).to(bev).reshape(1, -1, cfg.size, 2)           # grid_sample wants (y, x)
-        got = F.grid_sample(bev[i:i+1], strip, mode='bilinear', padding_mode='zeros', align_corners=True)
-        out = out.index_copy(0, k, got[0].unflatten(1, (len(k), cfg.size)).transpose(0, 1))
-    return out
+    place = F.one_hot(sample, len(bev)).cumsum(0).gather(1, sample[:, None]).squeeze(1)-1   # 0, 1, ... among the boxes of its sample
+    m = int(place.max())+1
+    strips = at.new_full((len(bev), m, cfg.size, cfg.size, 2), -2.)          # samples with fewer boxes: windows beyond the edge
+    strips = strips.index_put((sample, place), at.flip(-1)).to(bev)          # grid_sample wants (y, x)
+    got = F.grid_sample(bev, strips.flatten(1, 2), mode='bilinear', padding_mode='zeros', align_corners=True)
+    return got.unflatten(2, (m, cfg.size))[sample, :, place]
 
 # %% ../nbs/07_crops.ipynb #910594d8
 def coverage(
@@ -117,17 +116,21 @@ def image_boxes(
     share = torch.where(front, area/(hi-lo).prod(-1).clamp(min=1e-6), torch.zeros_like(area))
     return rect*front[..., None], share
 
-# %% ../nbs/07_crops.ipynb #b3d611d9
+# %% ../nbs/07_crops.ipynb #60883880
 def best_patch(
     rects:Float[Tensor, "n 4"], # Rectangles of one vehicle, from `image_boxes`
     imgs:list, # Images (3 h w), uint8
     *,
     size:int=64, # Side of the patch, px
+    sizes=None, # Height and width of the original images (n 2), px, where `imgs` are shrunk copies of them
 )->tuple: # Patch (3 size size) uint8, camera index (-1 if no camera sees it), longer side of its rectangle (px)
     "The largest patch of a vehicle among the cameras, resized"
     wh = (rects[:, 2:]-rects[:, :2]).clamp(min=0)
     cam = int(wh.prod(1).argmax())
     l, t, r, b = rects[cam].round().long().tolist()
     if r-l < 2 or b-t < 2: return torch.zeros(3, size, size, dtype=torch.uint8), -1, 0.
-    patch = F.interpolate(imgs[cam][None, :, t:b, l:r].float(), (size, size), mode='bilinear', antialias=True, align_corners=False)
-    return patch[0].round().clamp(0, 255).to(torch.uint8), cam, float(wh[cam].max())
+    if sizes is not None:
+        sy, sx = (have/float(was) for have, was in zip(imgs[cam].shape[1:], sizes[cam]))
+        l, t, r, b = int(l*sx), int(t*sy), int(np.ceil(r*sx)), int(np.ceil(b*sy))
+    patch = F.interpolate(imgs[cam][None, :, t:b, l:r], (size, size), mode='bilinear', antialias=True, align_corners=False)
+    return patch[0], cam, float(wh[cam].max())

@@ -8,27 +8,15 @@ __all__ = ['BASELINE_METRICS', 'chance', 'RankingResult', 'lazy_distances', 'dis
            'position_features', 'raw_crop_features', 'colour_features', 'thumbnail_features', 'box_size_features',
            'evaluate_all', 'format_table']
 
-# %% ../nbs/10_evaluate.ipynb #b0e308fe
+# %% ../nbs/10_evaluate.ipynb #9149c117
 import html
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 
-# %% ../nbs/10_evaluate.ipynb #01b485ee
-def _match_ranks(
-    pos:Float[np.ndarray, "k"], # Distances of the matches, ascending
-    neg:Float[np.ndarray, "n"], # Distances of all other allowed entries
-    *,
-    tie_eps:float, # Non-matches up to this much farther count as being in front
-    many:int=300, # From this many matches on, search instead of counting
-)->Int[np.ndarray, "k"]: # Rank of each match, from 1
-    "Ranks of the matches, ties counted against them"
-    lim = pos+tie_eps
-    if len(pos) < many: ahead = np.array([np.count_nonzero(neg <= l) for l in lim], dtype=np.int64)
-    else: ahead = np.bincount(np.searchsorted(lim, neg, 'left'), minlength=len(lim)+1)[:len(lim)].cumsum()
-    return np.arange(1, len(pos)+1)+ahead
+from .ranking import LazyDistances, LazyJunk, check_features, codes, entries, rank_matches, same_pairs
 
 # %% ../nbs/10_evaluate.ipynb #2d0e290e
 def chance(
@@ -91,50 +79,22 @@ class RankingResult:
                     n_ids=self.n_ids, n_gallery=float(np.mean(self.n_allowed[self.valid])) if self.n_queries else 0., n_matches=float(np.mean(self.n_matches[self.valid])) if self.n_queries else 0.,
                     **(dict(gap_min=float(g.min()), gap_median=float(np.median(g))) if len(g) else {}), **self.settings)
 
-# %% ../nbs/10_evaluate.ipynb #2f14d209
-def _features(x, name):
-    x = np.asarray(x, dtype=np.float64 if np.asarray(x).dtype == np.float64 else np.float32)
-    x = x.reshape(len(x), -1)
-    if not np.isfinite(x).all(): raise ValueError(f"{name} holds {int((~np.isfinite(x)).any(1).sum())} of {len(x)} rows that are NaN or infinite: the network has diverged or a crop is broken")
-    return x
-
+# %% ../nbs/10_evaluate.ipynb #a08a010b
 def lazy_distances(
     query, # Features of the queries (q e); array or CPU tensor
     gallery, # Features of the gallery (g e)
     *,
     metric:str='cosine', # `cosine` (1 - cos) or `euclidean`
-): # Function of a slice of queries that returns their distances (q' g)
+)->LazyDistances: # Called with a slice of queries it returns their distances (q' g)
     "Distances in blocks of queries"
-    if metric not in ('cosine', 'euclidean'): raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
-    q, g = _features(query, 'query'), _features(gallery, 'gallery')
-    if q.shape[1] != g.shape[1]: raise ValueError(f"query features have length {q.shape[1]}, gallery features {g.shape[1]}")
-    if metric == 'cosine':
-        q, g = (x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (q, g))
-        return lambda rows: 1-q[rows] @ g.T
-    shift = g.mean(0) if len(g) else 0                       # near the origin the expanded square loses less to rounding
-    q, g = (q-shift).astype(np.float64), (g-shift).astype(np.float64)
-    return lambda rows: np.sqrt(np.maximum((q[rows]**2).sum(1)[:, None]+(g**2).sum(1)-2*q[rows] @ g.T, 0))
+    return LazyDistances(query, gallery, metric=metric)
 
 # %% ../nbs/10_evaluate.ipynb #9fb409f0
 def distances(query, gallery, *, metric='cosine')->Float[np.ndarray, "q g"]:
     "All distances between two sets of features; see `lazy_distances`"
     return lazy_distances(query, gallery, metric=metric)(slice(None))
 
-# %% ../nbs/10_evaluate.ipynb #ed434123
-def _codes(*ids):
-    sizes = [len(i) for i in ids]
-    return np.split(np.unique(np.concatenate([np.asarray(i) for i in ids]), return_inverse=True)[1], np.cumsum(sizes)[:-1])
-
-def _blocks(dist, junk, n_q, n_g, chunk):
-    for i in range(0, n_q, chunk):
-        rows = slice(i, min(i+chunk, n_q))
-        d = np.asarray(dist(rows) if callable(dist) else dist[rows])
-        allowed = np.ones(d.shape, bool) if junk is None else ~np.asarray(junk(rows) if callable(junk) else junk[rows], dtype=bool)
-        if d.shape != (rows.stop-i, n_g) or allowed.shape != d.shape: raise ValueError(f"distances {d.shape} and junk {allowed.shape} must be (queries, gallery) = {(rows.stop-i, n_g)}")
-        if not np.isfinite(d[allowed]).all(): raise ValueError(f"{int((~np.isfinite(d[allowed])).sum())} distances of queries {i} to {rows.stop-1} are NaN or infinite: such a ranking means nothing")
-        yield i, d, allowed
-
-# %% ../nbs/10_evaluate.ipynb #f3846309
+# %% ../nbs/10_evaluate.ipynb #44eaddec
 def evaluate_ranking(
     dist, # Distances (q g), or a function of a slice of queries such as from `lazy_distances`
     q_ids, # Identity of each query (q): ints or strings
@@ -143,20 +103,13 @@ def evaluate_ranking(
     junk=None, # Pairs to leave out (q g) bool, or a function of a slice of queries
     ks:tuple=(1, 5, 10), # Ranks to report
     tie_eps:float=1e-6, # Non-matches up to this much farther than a match stand in front of it
-    chunk:int=256, # Queries at a time
+    chunk:int=256, # Queries at a time where rows of a matrix are needed
+    **options, # Of `rank_matches`: `threads`, `backend`, `progress`
 )->RankingResult:
     "CMC, mAP and mINP of a ranking; ties count against the match"
-    q, g = _codes(q_ids, g_ids)
-    first, n_pos, n_all = (np.zeros(len(q), np.int64) for _ in range(3))
-    ap, inp = np.full(len(q), np.nan), np.full(len(q), np.nan)
-    for i, d, allowed in _blocks(dist, junk, len(q), len(g), chunk):
-        for r in range(len(d)):
-            match = (g == q[i+r]) & allowed[r]
-            n_pos[i+r], n_all[i+r] = match.sum(), allowed[r].sum()
-            if (k := n_pos[i+r]) == 0: continue
-            ranks = _match_ranks(np.sort(d[r, match]), d[r, allowed[r] & ~match], tie_eps=tie_eps)
-            first[i+r], ap[i+r], inp[i+r] = ranks[0], (np.arange(1, k+1)/ranks).mean(), k/ranks[-1]
-    return RankingResult(np.asarray(q_ids), first, ap, inp, n_pos, n_all, ks=tuple(ks))
+    lazy = hasattr(dist, 'pairs') and (junk is None or isinstance(junk, LazyJunk))
+    r = rank_matches(dist, q_ids, g_ids, junk=junk, tie_eps=tie_eps, chunk=2048 if lazy else chunk, **options)
+    return RankingResult(np.asarray(q_ids), r.first, r.ap, r.inp, r.n_matches, r.n_allowed, ks=tuple(ks))
 
 # %% ../nbs/10_evaluate.ipynb #1e782b92
 @dataclass
@@ -175,28 +128,22 @@ class Observations:
     def __len__(self): return len(self.ids)
     def take(self, idx): return Observations(self.ids[idx], self.frames[idx], self.times[idx], self.scenes[idx])
 
-# %% ../nbs/10_evaluate.ipynb #438e96ad
+# %% ../nbs/10_evaluate.ipynb #df508a3d
 def lazy_junk(
     q:Observations, # Queries
     g:Observations, # Gallery
     *,
     min_gap:float=2., # Same scene and nearer in time than this is junk, seconds
     scope:str='all', # Gallery: `all` scenes, the own `scene`, or `other` scenes
-): # Function of a slice of queries that returns their junk (q' g) bool
+)->LazyJunk: # Called with a slice of queries it returns their junk (q' g) bool
     "Which pairs to leave out, in blocks of queries"
-    if scope not in ('all', 'scene', 'other'): raise ValueError(f"scope must be 'all', 'scene' or 'other', got {scope!r}")
-    (qf, gf), (qs, gs) = _codes(q.frames, g.frames), _codes(q.scenes, g.scenes)
-    def junk(rows):
-        same, gap = qs[rows, None] == gs, np.abs(q.times[rows, None]-g.times)
-        out = (qf[rows, None] == gf) | (same & (gap < min_gap-1e-6))
-        return out | ~same if scope == 'scene' else out | same if scope == 'other' else out
-    return junk
+    return LazyJunk(same=(q.frames, g.frames), scenes=(q.scenes, g.scenes), times=(q.times, g.times), min_gap=min_gap, scope=scope)
 
 def junk_mask(q, g, *, min_gap=2., scope='all')->Bool[np.ndarray, "q g"]:
     "Which pairs to leave out, at once; see `lazy_junk`"
     return lazy_junk(q, g, min_gap=min_gap, scope=scope)(slice(None))
 
-# %% ../nbs/10_evaluate.ipynb #b391ef09
+# %% ../nbs/10_evaluate.ipynb #3d4cb8e2
 def all_observations(
     features, # Features (i ...), flattened; or a matrix or function of distances with `metric='given'`
     obs:Observations, # The same observations
@@ -206,31 +153,34 @@ def all_observations(
     scope:str='all', # `all`, `scene` or `other`: see `lazy_junk`
     query=None, # Which observations ask (i) bool; None: all
     ks:tuple=(1, 5, 10), # Ranks to report
-    chunk:int=256, # Queries at a time
+    chunk:int=256, # Queries at a time where rows of a matrix are needed
+    **options, # Of `rank_matches`: `threads`, `backend`, `progress`
 )->RankingResult:
     "Rank all observations for each observation"
     qi = np.arange(len(obs)) if query is None else np.flatnonzero(query)
     q = obs.take(qi)
     if metric == 'given': dist = lambda rows: features(qi[rows]) if callable(features) else np.asarray(features)[qi[rows]]
     else:
-        f = _features(features, 'features')
+        f = check_features(features, 'features')
         if len(f) != len(obs): raise ValueError(f"{len(f)} features for {len(obs)} observations")
-        dist = lazy_distances(f[qi], f, metric=metric)
+        dist = lazy_distances(f if query is None else f[qi], f, metric=metric)
     junk = lazy_junk(q, obs, min_gap=min_gap, scope=scope)
-    res = evaluate_ranking(dist, q.ids, obs.ids, junk=junk, ks=ks, chunk=chunk)
+    res = evaluate_ranking(dist, q.ids, obs.ids, junk=junk, ks=ks, chunk=chunk, **options)
     res.gaps, res.settings = _nearest_gaps(q, obs, junk, chunk), dict(protocol='all', min_gap=min_gap, scope=scope)
     return res
 
-# %% ../nbs/10_evaluate.ipynb #6e309fee
+# %% ../nbs/10_evaluate.ipynb #02861aff
 def _nearest_gaps(q, g, junk, chunk):
-    (qi, gi), (qs, gs) = _codes(q.ids, g.ids), _codes(q.scenes, g.scenes)
-    out = np.full(len(q), np.nan)
+    "Time to the nearest allowed match within the scene"
+    (qi, gi), (qs, gs) = codes(q.ids, g.ids), codes(q.scenes, g.scenes)
+    n = 1+max(qs.max(initial=0), gs.max(initial=0))
+    both, other = codes(qi.astype(np.int64)*n+qs, gi.astype(np.int64)*n+gs)
+    lists, out = entries(other, 1+both.max(initial=-1)), np.full(len(q), np.inf)
     for i in range(0, len(q), chunk):
-        rows = slice(i, min(i+chunk, len(q)))
-        ok = (qi[rows, None] == gi) & (qs[rows, None] == gs) & ~junk(rows)
-        gap = np.where(ok, np.abs(q.times[rows, None]-g.times), np.inf).min(1, initial=np.inf)
-        out[rows] = np.where(np.isfinite(gap), gap, np.nan)
-    return out
+        a, b = same_pairs(both[i:i+chunk], lists); a += i
+        ok = ~junk.pairs(a, b); a, b = a[ok], b[ok]
+        np.minimum.at(out, a, np.abs(q.times[a]-g.times[b]))
+    return np.where(np.isfinite(out), out, np.nan)
 
 # %% ../nbs/10_evaluate.ipynb #6e3308d3
 @dataclass
@@ -253,7 +203,7 @@ class SingleShotResult:
         return {**{k: float(v.mean()) for k, v in per.items()}, **{k+'_std': float(v.std()) for k, v in per.items()},
                 'n_ids': self.ranks.shape[1], 'n_skipped': self.n_skipped, 'n_galleries': len(self.ranks), **self.settings}
 
-# %% ../nbs/10_evaluate.ipynb #c81aec64
+# %% ../nbs/10_evaluate.ipynb #dce9fc5c
 def single_shot(
     features, # Features (i ...), or distances (i i) with `metric='given'`
     obs:Observations, # The same observations
@@ -266,9 +216,9 @@ def single_shot(
     tie_eps:float=1e-6, # As in `evaluate_ranking`
 )->SingleShotResult:
     "One probe and one gallery entry per identity, repeated"
-    f = np.asarray(features) if metric == 'given' else _features(features, 'features')
+    f = np.asarray(features) if metric == 'given' else check_features(features, 'features')
     if len(f) != len(obs): raise ValueError(f"{len(f)} features for {len(obs)} observations")
-    ids, = _codes(obs.ids); names = np.unique(ids)
+    ids, = codes(obs.ids); names = np.unique(ids)
     def pairs(m): o = obs.take(m); return m[np.argwhere(~junk_mask(o, o, min_gap=min_gap))]
     usable = [p for n in names if len(p := pairs(np.flatnonzero(ids == n)))]
     if len(usable) < 2: raise ValueError(f"single-shot galleries need 2 identities or more with observations {min_gap} s apart, found {len(usable)} of {len(names)}: lower min_gap or take more scenes")
@@ -296,7 +246,17 @@ def bootstrap(
     def interval(x): return tuple(float(b) for b in np.quantile((w @ np.bincount(i, x))/(w @ np.bincount(i)), [(1-level)/2, (1+level)/2]))
     return dict(rank1=interval(result.first_hit[v] <= 1), mAP=interval(result.ap[v]))
 
-# %% ../nbs/10_evaluate.ipynb #5fd867e0
+# %% ../nbs/10_evaluate.ipynb #cc4d719f
+def _blocks(dist, junk, n_q, n_g, chunk):
+    for i in range(0, n_q, chunk):
+        rows = slice(i, min(i+chunk, n_q))
+        d = np.asarray(dist(rows) if callable(dist) else dist[rows])
+        allowed = np.ones(d.shape, bool) if junk is None else ~np.asarray(junk(rows) if callable(junk) else junk[rows], dtype=bool)
+        if d.shape != (rows.stop-i, n_g) or allowed.shape != d.shape: raise ValueError(f"distances {d.shape} and junk {allowed.shape} must be (queries, gallery) = {(rows.stop-i, n_g)}")
+        if not np.isfinite(d[allowed]).all(): raise ValueError(f"{int((~np.isfinite(d[allowed])).sum())} distances of queries {i} to {rows.stop-1} are NaN or infinite: such a ranking means nothing")
+        yield i, d, allowed
+
+# %% ../nbs/10_evaluate.ipynb #362cbf9a
 def roc(
     dist, # As in `evaluate_ranking`
     q_ids, # Identity of each query (q)
@@ -307,7 +267,7 @@ def roc(
     chunk:int=256, # Queries at a time
 )->dict: # Arrays `far`, `tar`, `threshold` (accept below it); `n_pos`, `n_neg`
     "True accept rate at given false accept rates"
-    q, g = _codes(q_ids, g_ids)
+    q, g = codes(q_ids, g_ids)
     fars, pos, neg, n_neg = np.asarray(fars, float), [], np.zeros(0), 0
     keep = int(fars.max()*len(q)*len(g))+2                     # larger negatives decide nothing
     for i, d, allowed in _blocks(dist, junk, len(q), len(g), chunk):

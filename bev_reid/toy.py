@@ -400,7 +400,7 @@ def pedestrian_mesh(
     s = rng.uniform(.95, 1.12); m.t = [t*np.float32(s) for t in m.t]
     return m, 'adult'
 
-# %% ../nbs/03_toy.ipynb #52081a95
+# %% ../nbs/03_toy.ipynb #a1bc49e0
 MIX = {'vehicle.car': .72, 'vehicle.truck': .06, 'vehicle.bus.rigid': .025, 'vehicle.trailer': .025, 'vehicle.construction': .02, 'vehicle.motorcycle': .065, 'vehicle.bicycle': .065}
 
 def vertex_normals(
@@ -411,7 +411,8 @@ def vertex_normals(
     "Normals for smooth shading that keep the hard edges"
     f = np.cross(tris[:, 1]-tris[:, 0], tris[:, 2]-tris[:, 0])
     f = f/np.maximum(np.linalg.norm(f, axis=-1, keepdims=True), 1e-12)
-    inv = np.unique(np.round(tris.reshape(-1, 3)*2e3).astype(np.int64), axis=0, return_inverse=True)[1].ravel()
+    at = np.round(tris.reshape(-1, 3)*2e3).astype(np.int64)
+    inv = np.unique(((at[:, 0] << 21)+at[:, 1] << 21)+at[:, 2], return_inverse=True)[1].ravel()      # one number per place, within a kilometre
     order = np.argsort(inv, kind='stable')
     first = np.searchsorted(inv[order], np.arange(inv.max()+1))
     slot = np.arange(len(order))-first[inv[order]]
@@ -765,7 +766,7 @@ def cast_rays(
     "First hits of rays"
     return scene.run(np.ascontiguousarray(o, np.float32), np.ascontiguousarray(d, np.float32), query='INTERSECT', output=True)
 
-# %% ../nbs/03_toy.ipynb #dfda7303
+# %% ../nbs/03_toy.ipynb #43df478a
 @dataclass
 class Snapshot:
     "The world at one moment, ready for rays"
@@ -784,13 +785,15 @@ def snapshot(
     "Put every object in its place and build the ray caster's tree"
     here = np.float32([*scene.ego[step, :2], 0])
     near = (np.abs(scene.static[0][:, 0, :2]-here[:2]).max(1) < 150) | (scene.static[2] == GROUND)
+    if not hasattr(scene, 'static_normals'):
+        f = np.cross(scene.static[0][:, 1]-scene.static[0][:, 0], scene.static[0][:, 2]-scene.static[0][:, 0])
+        scene.static_normals = f/np.maximum(np.linalg.norm(f, axis=-1, keepdims=True), 1e-9)
     t, c, k = (x[near] for x in scene.static)
-    f = np.cross(t[:, 1]-t[:, 0], t[:, 2]-t[:, 0]); f /= np.maximum(np.linalg.norm(f, axis=-1, keepdims=True), 1e-9)
-    tris, norms, rgb, kind, obj = [t], [np.repeat(f[:, None], 3, 1)], [c], [k], [np.full(len(t), -1, np.int32)]
+    tris, norms, rgb, kind, obj = [t], [np.repeat(scene.static_normals[near][:, None], 3, 1)], [c], [k], [np.full(len(t), -1, np.int32)]
     for i, (a, p) in enumerate(zip(scene.actors, scene.poses[step])):
         if np.hypot(*(p[:2]-here[:2])) > 150: continue
         r = np.float32(_rot(p[2])).T
-        tris.append(a.tris @ r+np.float32([p[0], p[1], 0])); norms.append(a.normals @ r)
+        tris.append((a.tris.reshape(-1, 3) @ r).reshape(-1, 3, 3)+np.float32([p[0], p[1], 0])); norms.append((a.normals.reshape(-1, 3) @ r).reshape(-1, 3, 3))
         rgb.append(a.rgb); kind.append(a.kind); obj.append(np.full(len(a.tris), i, np.int32))
     tris = np.concatenate(tris)
     return Snapshot(scene, step, _embree(tris), np.concatenate(norms).astype(np.float32), np.concatenate(rgb), np.concatenate(kind), np.concatenate(obj))

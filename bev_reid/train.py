@@ -6,7 +6,7 @@
 __all__ = ['LSSRecipe', 'jitter', 'LSSWithCompany', 'train_lss', 'MetricRecipe', 'CropBatches', 'train_metric', 'observations',
            'parts', 'baseline_features', 'evaluate_reid', 'watch']
 
-# %% ../nbs/10b_train.ipynb #a410b3ca
+# %% ../nbs/10b_train.ipynb #833d9106
 import json, time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +21,10 @@ from .dataset import DatasetConfig, ReIDDataset, held_out_split, identities, ide
 from .evaluate import (BASELINE_METRICS, Observations, box_size_features, colour_features,
                                evaluate_all, position_features, raw_crop_features, single_shot, thumbnail_features)
 from .fit import Batches, FitConfig, from_plain, checkpoints, fit, plain, shuffled, write_json
-from .lss import LiftSplat, LSSConfig, eval_lss, lss_loss, run_lss
+from .lss import LiftSplat, LSSConfig, eval_lss, full_precision, lss_loss, run_lss
 from .metric import MetricConfig, MetricModel, embed, load_metric, reindex
 
-# %% ../nbs/10b_train.ipynb #4ef58728
+# %% ../nbs/10b_train.ipynb #feeeda74
 @dataclass(frozen=True)
 class LSSRecipe:
     "Everything that decides an LSS training"
@@ -58,16 +58,10 @@ class LSSRecipe:
         if name == 'toy':
             aug = ImgAug(out_size=lss.img_size, resize=(1., 1.1), crop_bottom=(0., .1), flip=False, rotate=(0., 0.))
             base = dict(lss=lss, img_aug=aug, batch_size=1, n_cams=None, company_weight=1., photometric=.25,
-                        fit=FitConfig(max_steps=1200, lr=2e-3, schedule='one_cycle', checkpoint_every=100, log_every=10, amp='bf16' if _fast_bf16() else 'no'))
-        else: base = dict(lss=lss, img_aug=ImgAug(out_size=lss.img_size))
+                        fit=FitConfig(max_steps=1200, lr=2e-3, schedule='one_cycle', checkpoint_every=100, log_every=10, amp='auto'))
+        else: base = dict(lss=lss, img_aug=ImgAug(out_size=lss.img_size), fit=replace(cls.fit, amp='auto'))
         out = cls(**{**base, **kw})
         return replace(out, fit=replace(out.fit, max_steps=max_steps)) if max_steps else out
-
-# %% ../nbs/10b_train.ipynb #0fa1b9f3
-def _fast_bf16():
-    "Whether bfloat16 is fast here: GPUs since Ampere, CPUs with AVX512-BF16 or AMX"
-    if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(getattr(torch.cpu, f, lambda: False)() for f in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
 
 # %% ../nbs/10b_train.ipynb #f2dbb1d6
 def jitter(
@@ -78,7 +72,7 @@ def jitter(
     gain, shift = (1+amount*(2*torch.rand(*imgs.shape[:2], 1, 1, 1, device=imgs.device)-1) for _ in range(2))
     return ((imgs-.5)*gain+.5*shift).clamp(0, 1)
 
-# %% ../nbs/10b_train.ipynb #07910e09
+# %% ../nbs/10b_train.ipynb #bc6b2a89
 class LSSWithCompany(nn.Module):
     "LiftSplat, and the metric network that keeps identity in its map"
     def __init__(self,
@@ -90,6 +84,8 @@ class LSSWithCompany(nn.Module):
         net = replace(recipe.company_net, in_channels=recipe.lss.bev_channels, crop_size=(recipe.company_crop.size,)*2)
         self.company = MetricModel(net, max(labels.values())+1, weight_std=.1, scale_penalty=0.) if recipe.company_weight and labels else None
 
+    def compile(self, **kw): self.lss.compile(**kw)
+
     def forward(self, batch:dict)->dict:
         "All losses of a batch"
         if self.training and self.recipe.photometric: batch = {**batch, 'imgs': jitter(batch['imgs'], self.recipe.photometric)}
@@ -99,7 +95,7 @@ class LSSWithCompany(nn.Module):
         feats = out['bev_feats']
         boxes, sample, label = self._vehicles(batch, feats.device)
         if len(label) < 2: return {**losses, 'loss': losses['loss']+sum(p.sum() for p in self.company.parameters())*0.}
-        crops = crop_bev(feats.float(), boxes, sample, grid=self.recipe.lss.grid, cfg=self.recipe.company_crop)
+        with full_precision(feats): crops = crop_bev(feats.float(), boxes, sample, grid=self.recipe.lss.grid, cfg=self.recipe.company_crop)
         got = self.company(dict(crops=crops, label=label))
         return {**losses, 'loss': losses['loss']+self.recipe.company_weight*got['loss'], 'identity': got['loss'].detach(), 'identity_accuracy': got['accuracy']}
 

@@ -2,8 +2,12 @@
 #include <pybind11/pybind11.h>
 
 void bind_bev_pool(pybind11::module_& m);
+void bind_buffers(pybind11::module_& m);
+void bind_ranking(pybind11::module_& m);
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of bev_reid; NumPy arrays in, results written into arrays given by the caller";
     bind_bev_pool(m);
+    bind_buffers(m);
+    bind_ranking(m);
 }

@@ -1,6 +1,10 @@
 "The pooling op against a float64 `index_add_`, at its edges, and as a citizen of PyTorch"
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +20,8 @@ backends = pytest.mark.parametrize('backend', [None, pytest.param('cpp', marks=n
 def make(b=1, n=2, d=3, h=2, w=4, c=64, nx=(6, 5, 1), dtype=torch.float32, seed=0, outside=.3):
     "Random depth, features and plan"
     g = torch.Generator().manual_seed(seed)
-    cells = torch.randint(0, max(1, b*nx[0]*nx[1]*nx[2]), (b, n, d, h, w), generator=g)
+    per = nx[0]*nx[1]*nx[2]
+    cells = torch.randint(0, max(1, per), (b, n, d, h, w), generator=g) + per*torch.arange(b).view(-1, 1, 1, 1, 1)
     cells[torch.rand(cells.shape, generator=g) < outside] = -1
     depth = torch.randn(b, n, d, h, w, generator=g, dtype=dtype).softmax(2)
     return depth, torch.randn(b, n, c, h, w, generator=g, dtype=dtype), plan_from_cells(cells, nx)
@@ -142,11 +147,11 @@ def test_gradcheck(backend, c):
 def test_opcheck(dtype, channels_last):
     depth, img_feats, plan = make(b=2, c=5, nx=(3, 4, 2), dtype=dtype)
     if channels_last: img_feats = img_feats.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (2, 2))
-    rest = plan.depth_idx, plan.feat_idx, plan.indptr, plan.cells, plan.nx
+    rest = plan.depth_idx, plan.feat_idx, plan.indptr, plan.interval_cells, plan.cells, plan.nx
     grad = torch.randn(2, 10, 3, 4, dtype=dtype)
-    torch.library.opcheck(m._pool_op, (depth, img_feats, *rest))
-    torch.library.opcheck(m._backward_op, (grad, depth, img_feats, plan.cells, plan.nx))
-    torch.library.opcheck(m._pool_op, (depth.requires_grad_(), img_feats.requires_grad_(), *rest))
+    torch.library.opcheck(torch.ops.bev_reid.bev_pool.default, (depth, img_feats, *rest))
+    torch.library.opcheck(torch.ops.bev_reid.bev_pool_backward.default, (grad, depth, img_feats, plan.interval_cells, plan.cells, plan.nx))
+    torch.library.opcheck(torch.ops.bev_reid.bev_pool.default, (depth.requires_grad_(), img_feats.requires_grad_(), *rest))
 
 
 @pytest.mark.slow
@@ -197,16 +202,19 @@ def test_plans_agree(dtype, index_mode):
     geom = random_geom(dtype)
     for g in (geom, geom.flip(4), geom.transpose(3, 4).contiguous().transpose(3, 4)):
         a, b = (make_plan(g, GRID, index_mode=index_mode, backend=k) for k in ('cpp', 'torch'))
-        for k in ('depth_idx', 'feat_idx', 'indptr', 'cells'): assert torch.equal(getattr(a, k), getattr(b, k)), k
+        for k in ('depth_idx', 'feat_idx', 'indptr', 'interval_cells', 'cells'): assert torch.equal(getattr(a, k), getattr(b, k)), k
         assert a.sizes == b.sizes and a.nx == b.nx == (32, 120, 3)
 
 
 @pytest.mark.parametrize('backend', [pytest.param('cpp', marks=needs_C), 'torch'])
-def test_plan_is_sorted_and_stable(backend):
+def test_plan_follows_the_image_columns(backend):
     plan = make_plan(random_geom(), GRID, backend=backend)
-    cells = plan.cells[plan.depth_idx.long()].long()
-    assert (cells.diff() >= 0).all() and (plan.depth_idx.diff()[cells.diff() == 0] > 0).all()
-    assert torch.equal(torch.repeat_interleave(torch.arange(plan.n_cells), plan.indptr.diff()), cells)
+    cells = plan.cells[plan.depth_idx.long()]
+    assert torch.equal(torch.repeat_interleave(plan.interval_cells, plan.indptr.diff()), cells) and len(plan.interval_cells.unique()) == len(plan.interval_cells)
+    walk = torch.arange(len(plan.cells)).view(plan.sizes).permute(0, 1, 4, 2, 3).flatten()
+    when = torch.empty_like(walk); when[walk] = torch.arange(len(walk))                # the place of each point in the walk
+    when = when[plan.depth_idx.long()]
+    assert (when.diff()[cells.diff() == 0] > 0).all() and (when[plan.indptr[:-1].long()].diff() > 0).all()
     b, n, d, h, w = plan.sizes
     pixels = torch.arange(b*n*h*w, dtype=torch.int32).view(b, n, 1, h, w).expand(plan.sizes).flatten()
     assert torch.equal(pixels[plan.depth_idx.long()], plan.feat_idx)
@@ -230,7 +238,7 @@ def test_broken_geometry_is_named(backend, value):
 
 def test_plan_moves_and_compares():
     plan = make_plan(random_geom(), GRID)
-    assert torch.equal(plan.to('cpu').indptr, plan.indptr) and plan.to('meta').cells.device.type == 'meta'
+    assert torch.equal(plan.to('cpu').interval_cells, plan.interval_cells) and plan.to('meta').cells.device.type == 'meta'
     assert 0 < plan.n_kept < len(plan.cells)
 
 
@@ -244,7 +252,8 @@ def test_plan_moves_and_compares():
     (lambda d, x, p: (d, x, p.to('meta')), ['plan.to']),
     (lambda d, x, p: (d, x, replace(p, depth_idx=p.depth_idx.long())), ['depth_idx must be int32']),
     (lambda d, x, p: (d, x, replace(p, feat_idx=p.feat_idx[1:])), ['feat_idx', 'shape']),
-    (lambda d, x, p: (d, x, replace(p, nx=(6, 6, 1))), ['indptr', 'shape']),
+    (lambda d, x, p: (d, x, replace(p, nx=(1, 1, 1))), ['intervals', 'cells']),
+    (lambda d, x, p: (d, x, replace(p, indptr=p.indptr[1:])), ['indptr', 'shape']),
     (lambda d, x, p: (d, x, replace(p, cells=p.cells.repeat(2)[::2])), ['cells', 'contiguous']),
     (lambda d, x, p: (d, x, plan_from_cells(torch.full(d.shape, 30), p.nx)), ['cells must lie in']),
     (lambda d, x, p: (d, x, plan_from_cells(torch.full(d.shape, -2), p.nx)), ['cells must lie in']),
@@ -268,7 +277,7 @@ def test_too_many_for_int32():
 
 
 @needs_C
-@pytest.mark.parametrize('field, value', [('depth_idx', -1), ('depth_idx', 48), ('feat_idx', 16), ('feat_idx', -7), ('indptr', 10**6), ('indptr', -1)])
+@pytest.mark.parametrize('field, value', [('depth_idx', -1), ('depth_idx', 48), ('feat_idx', 16), ('feat_idx', -7), ('indptr', 10**6), ('indptr', -1), ('interval_cells', 30), ('interval_cells', -1)])
 def test_indices_out_of_range_are_errors(field, value):
     depth, img_feats, plan = make()
     broken = getattr(plan, field).clone(); broken[5] = value
@@ -287,19 +296,85 @@ def test_cells_out_of_range_are_errors_in_backward(value):
 def test_the_module_itself_checks():
     "The compiled functions refuse what the Python side would never pass"
     depth, img_feats, plan = make()
-    ok = dict(depth=depth, img_feats=img_feats.permute(0, 1, 3, 4, 2).reshape(-1, 64), depth_idx=plan.depth_idx, feat_idx=plan.feat_idx, indptr=plan.indptr, out=torch.empty(30, 64))
-    def run(**kw): return m._C.bev_pool_float32(**{k: v.numpy() for k, v in {**ok, **kw}.items()}, bndhw=depth.shape, threads=1)
+    ok = dict(depth=depth, img_feats=img_feats.permute(0, 1, 3, 4, 2).reshape(-1, 64), depth_idx=plan.depth_idx, feat_idx=plan.feat_idx, indptr=plan.indptr, interval_cells=plan.interval_cells, out=torch.empty(30, 64))
+    def run(**kw): return m._C.bev_pool_float32(**{k: v.numpy() for k, v in {**ok, **kw}.items()}, bndhw=depth.shape, n_cells=30, threads=1)
     run()
     for name, bad in dict(depth=depth.double(), img_feats=ok['img_feats'][1:], depth_idx=plan.depth_idx.long(), feat_idx=plan.feat_idx[1:], indptr=plan.indptr[1:]).items():
-        with pytest.raises(ValueError, match='out' if name == 'indptr' else name): run(**{name: bad})
+        with pytest.raises(ValueError, match=name): run(**{name: bad})
     with pytest.raises(ValueError, match='depth must be contiguous'): run(depth=depth.transpose(3, 4))
     with pytest.raises(ValueError, match='img_feats must have its channels side by side'): run(img_feats=ok['img_feats'].T.contiguous().T)
     with pytest.raises(ValueError, match='out has'): run(out=torch.empty(29, 64))
     frozen = torch.empty(30, 64).numpy(); frozen.flags.writeable = False
-    with pytest.raises(ValueError, match='out is read-only'): m._C.bev_pool_float32(**{k: v.numpy() for k, v in ok.items() if k != 'out'}, out=frozen, bndhw=depth.shape, threads=1)
-    cells, empty = torch.full((48,), 7, dtype=torch.int32).numpy(), torch.empty(1, dtype=torch.int32).numpy()
-    with pytest.raises(IndexError, match='cells'): m._C.sort_points(cells, (1, 2, 3, 2, 4), 5, torch.empty(6, dtype=torch.int32).numpy(), empty, empty)
-    with pytest.raises(ValueError, match='depth_idx and feat_idx'): m._C.sort_points(cells, (1, 2, 3, 2, 4), 8, torch.empty(9, dtype=torch.int32).numpy(), empty, empty)
+    with pytest.raises(ValueError, match='out is read-only'): m._C.bev_pool_float32(**{k: v.numpy() for k, v in ok.items() if k != 'out'}, out=frozen, bndhw=depth.shape, n_cells=30, threads=1)
+    cells = torch.full((48,), 7, dtype=torch.int32).numpy()
+    def room(points=48, most=8): return [torch.empty(k, dtype=torch.int32).numpy() for k in (points, points, most+1, most)]
+    assert m._C.sort_points(cells, (1, 2, 3, 2, 4), 8, 1, *room()) == [48, 1]
+    with pytest.raises(IndexError, match='48 entries of cells'): m._C.sort_points(cells, (1, 2, 3, 2, 4), 5, 1, *room(most=5))
+    with pytest.raises(ValueError, match='depth_idx has 47'): m._C.sort_points(cells, (1, 2, 3, 2, 4), 8, 1, *room(points=47))
+
+
+@needs_C
+@pytest.mark.parametrize('isa', ['base', 'avx2', 'avx512'])
+def test_every_instruction_set_gives_the_same_sums(isa, tmp_path):
+    "The choice is made once per process, so each set has a process of its own; a machine without it takes what it has"
+    code = """
+import sys, torch
+sys.path.insert(0, 'tests')
+from test_bev_pool import bev_pool, grads, make, reference, same
+from bev_reid import _C
+for c in (1, 7, 16, 64, 80, 130, 200):
+    for dtype in (torch.float32, torch.float64):
+        depth, img_feats, plan = make(b=2, c=c, dtype=dtype, nx=(6, 5, 2))
+        same(bev_pool(depth, img_feats, plan), reference(depth, img_feats, plan))
+        weight = torch.randn(2, 2*c, 6, 5)
+        for a, b in zip(grads(lambda d, x: bev_pool(d, x, plan), depth, img_feats, weight), grads(lambda d, x: reference(d, x, plan), depth, img_feats, weight)): same(a, b)
+print(_C.instruction_set())
+"""
+    r = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'BEV_REID_ISA': isa, 'OMP_NUM_THREADS': '1'}, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    assert ['base', 'avx2', 'avx512'].index(r.stdout.strip()) <= ['base', 'avx2', 'avx512'].index(isa)
+
+
+@needs_C
+def test_outputs_larger_than_the_caches():
+    "Above 16 MB the kernel writes past the caches and clears only the cells without points; the memory is used again"
+    for c in (64, 80, 50):                                                             # the last has rows that do not fill cache lines
+        depth, img_feats, plan = make(b=2, n=6, d=10, h=4, w=22, c=c, nx=(200, 200, 1))
+        want = reference(depth, img_feats, plan)
+        bev = bev_pool(depth, img_feats, plan)
+        address = bev.data_ptr(); same(bev, want)
+        bev.fill_(torch.nan); del bev
+        again = bev_pool(depth, img_feats, plan)
+        assert again.data_ptr() == address; same(again, want)
+        kept = bev_pool(depth, img_feats, plan)
+        assert kept.data_ptr() != again.data_ptr(); same(again, want)
+    del again, kept
+    assert m.release_buffers() > 0 and m.release_buffers() == 0
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@backends
+def test_half_precision_in_float32_sums(dtype, backend):
+    depth, img_feats, plan = make(b=2, c=32)
+    d, x = (t.to(dtype).requires_grad_() for t in (depth, img_feats))
+    bev = bev_pool(d, x, plan, backend=backend)
+    assert bev.dtype == torch.float32
+    want = reference(d.detach(), x.detach(), plan)                                   # of the rounded inputs: the sums themselves lose nothing
+    same(bev, want, 1e-3 if backend == 'cumsum' else 1e-5)
+    bev.square().sum().backward()
+    assert d.grad.dtype == x.grad.dtype == dtype
+    for a, b in zip((d.grad, x.grad), grads(lambda u, v: reference(u, v, plan), d.detach().double(), x.detach().double(), want*2)): same(a, b, 2e-2)
+    if backend is None: torch.library.opcheck(torch.ops.bev_reid.bev_pool.default, (d, x, plan.depth_idx, plan.feat_idx, plan.indptr, plan.interval_cells, plan.cells, plan.nx))
+
+
+@pytest.mark.parametrize('nx', [(6, 5, 1), (6, 5, 3), (40, 50, 2)])
+def test_gradients_with_channels_first(nx):
+    depth, img_feats, plan = make(b=2, c=20, nx=nx)
+    weight = torch.randn(2, 20*nx[2], *nx[:2])
+    for w in (weight, weight.contiguous(memory_format=torch.channels_last), weight[:, :1].expand_as(weight)):
+        d, x = depth.clone().requires_grad_(), img_feats.clone().requires_grad_()
+        got = torch.autograd.grad(bev_pool(d, x, plan), (d, x), w)
+        for a, b in zip(got, torch.autograd.grad(reference(d, x, plan), (d, x), w.double())): same(a, b)
 
 
 def test_without_the_extension_torch_steps_in_with_one_warning(monkeypatch):
@@ -315,9 +390,9 @@ def test_without_the_extension_torch_steps_in_with_one_warning(monkeypatch):
         same(bev_pool(depth, img_feats, plan), want)
         for a, b in zip(grads(lambda d, x: bev_pool(d, x, plan), depth, img_feats, weight), want_grads): same(a, b)
         assert torch.equal(make_plan(geom, GRID).cells, cells)
-        rest = plan.depth_idx, plan.feat_idx, plan.indptr, plan.cells, plan.nx
-        torch.library.opcheck(m._pool_op, (depth.requires_grad_(), img_feats.requires_grad_(), *rest))
-        torch.library.opcheck(m._backward_op, (weight, depth.detach(), img_feats.detach(), plan.cells, plan.nx))
+        rest = plan.depth_idx, plan.feat_idx, plan.indptr, plan.interval_cells, plan.cells, plan.nx
+        torch.library.opcheck(torch.ops.bev_reid.bev_pool.default, (depth.requires_grad_(), img_feats.requires_grad_(), *rest))
+        torch.library.opcheck(torch.ops.bev_reid.bev_pool_backward.default, (weight, depth.detach(), img_feats.detach(), plan.interval_cells, plan.cells, plan.nx))
     assert sum('compiled extension' in str(w.message) for w in caught) == 1
     with pytest.raises(ValueError, match="backend='torch' does without"): bev_pool(depth, img_feats, plan, backend='cpp')
 

@@ -1,5 +1,5 @@
 """The verbs, run as the installed commands: the whole road, and bad input, a full disk and Ctrl-C, which all end in one message and status 2."""
-import json, os, shutil, signal, subprocess, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,23 @@ def test_help(name, tmp_path):
     text, _ = verb(name, '--help', tmp=tmp_path)
     assert getattr(cli, f'bev_reid_{name}').__doc__ in ' '.join(text.split()) and f'usage: bev_reid_{name}' in text   # lines may wrap
     assert 'options:' in text and all(len(l.split('  ')) > 1 for l in text.splitlines() if l.startswith('  --'))   # every option has its help
+
+HEAVY = {'torch', 'numpy', 'nuscenes', 'matplotlib', 'cv2', 'pyarrow', 'sklearn', 'scipy', 'tensorboard', 'accelerate', 'IPython', 'ipywidgets', 'efficientnet_pytorch'}
+
+def imported(*cmd):
+    "Top names of everything that a process imports"
+    r = subprocess.run([sys.executable, '-X', 'importtime', *map(str, cmd)], env=env(), capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    return {l.split('|')[-1].strip().split('.')[0] for l in r.stderr.splitlines() if l.startswith('import time:')}
+
+@pytest.mark.parametrize('name', VERBS)
+def test_help_loads_nothing_heavy(name):
+    assert not imported(BIN/f'bev_reid_{name}', '--help') & HEAVY
+
+@pytest.mark.parametrize('module, allowed', [('bev_reid', set()), ('bev_reid.cli', set()), ('bev_reid.toy', {'numpy'}), ('bev_reid.tables', {'numpy', 'pyarrow'}), ('bev_reid.geometry', {'numpy', 'torch'}),
+    ('bev_reid.data', {'numpy', 'torch', 'cv2', 'pyarrow'}), ('bev_reid.train', {'numpy', 'torch', 'cv2', 'pyarrow'})])
+def test_modules_load_what_they_need(module, allowed):
+    assert not imported('-c', f'import {module}') & HEAVY-allowed
 
 def test_verbs_are_functions(tmp_path):
     with pytest.raises(FileNotFoundError): cli.bev_reid_train_lss(str(tmp_path), str(tmp_path/'run'))             # an exception, and no exit

@@ -53,6 +53,14 @@ def test_batch_and_order():
     assert got.mean((1, 2, 3)).tolist() == [1, 0, 0, 1]
     assert crop_bev(raster, torch.zeros(0, 7), torch.zeros(0).long(), grid=GRID, cfg=CFG).shape == (0, 1, 24, 24)
 
+def test_one_call_equals_one_call_per_vehicle():
+    g = torch.Generator().manual_seed(0)
+    raster, n = torch.rand(4, 5, *GRID.nx[:2], generator=g), torch.tensor([3, 0, 7, 1])
+    sample = torch.repeat_interleave(torch.arange(4), n)[torch.randperm(11, generator=g)]
+    boxes = torch.stack([box(*(30*torch.rand(2, generator=g)-15).tolist(), yaw=float(6*torch.rand((), generator=g))) for _ in sample])
+    each = torch.cat([crop_bev(raster[i:i+1], b[None], torch.zeros(1).long(), grid=GRID, cfg=CFG) for b, i in zip(boxes, sample)])
+    assert torch.allclose(crop_bev(raster, boxes, sample, grid=GRID, cfg=CFG), each, atol=1e-4)
+
 def test_gradient_flows_into_the_map():
     raster = torch.rand(1, 2, *GRID.nx[:2], requires_grad=True)
     crop(raster, box(yaw=.3), box(x=8, y=3.)).sum().backward()
@@ -95,3 +103,6 @@ def test_patches():
     patch, cam, px = best_patch(rects[0], [img], size=16)
     assert cam == 0 and px == pytest.approx(200/9, abs=1e-3) and patch[0, 8, 8] == 255 and patch[0, 0, 0] < 64
     assert best_patch(rects[1], [img], size=16)[1] == -1
+    half = torch.nn.functional.avg_pool2d(img[None].float(), 2)[0].byte()
+    small, cam, px = best_patch(rects[0], [half], size=16, sizes=[(100, 200)])         # from a shrunk copy
+    assert cam == 0 and px == pytest.approx(200/9, abs=1e-3) and (small.int()-patch.int()).abs().float().mean() < 16

@@ -1,5 +1,5 @@
 """The reader of nuScenes-format sets: real folders, an odd little rig with answers known by hand, and broken input."""
-import json, os, pickle, shutil
+import json, os, pickle, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +134,68 @@ def test_sample_without_boxes(odd):
     it = SampleDataset(data, ['k1'], train=True, bev_aug=BEVAug())[0]
     assert it['boxes'].shape == (0, 7) and it['bev_mask'].sum() == 0 and it['visibility'].shape == (0,)
     assert data.frame('k0').velocity.isnan().all()                    # one observation has no velocity
+
+# --- the tables are the devkit's ---
+def same_as_devkit(data):
+    "Every row that is kept, every shortcut, every velocity"
+    nusc, t = data.nusc, data.tables
+    lidar = {r['token'] for r in nusc.sample_data if r['is_key_frame'] or r['sensor_modality'] == 'lidar'}
+    for name in ('scene', 'instance', 'category', 'attribute', 'visibility', 'sensor', 'calibrated_sensor', 'sample', 'sample_annotation', 'sample_data', 'ego_pose'):
+        rows = getattr(nusc, name)
+        if name == 'sample_data': rows = [r for r in rows if r['token'] in lidar]
+        if name == 'ego_pose': rows = [r for r in rows if r['token'] in {d['ego_pose_token'] for d in nusc.sample_data if d['token'] in lidar}]
+        for r in rows: assert t.get(name, r['token']) == r, name
+    for s in nusc.sample:
+        anns = t.take('sample_annotation', t.keyframe(s['token'])[2])
+        assert [a['token'] for a in anns] == s['anns']
+        with np.errstate(all='ignore'): want = [nusc.box_velocity(a['token']) for a in anns]
+        if anns: np.testing.assert_array_equal(data._velocity(anns, s['timestamp']), want)
+
+def test_tables_equal_the_devkits(odd, toy_root):
+    for root in (odd, toy_root): same_as_devkit(DrivingData(root))
+
+@pytest.mark.parametrize('name', N_REAL)
+def test_real_tables_equal_the_devkits(name): same_as_devkit(real(name))
+
+def test_tables_with_unusual_text(odd, toy_root, tmp_path):
+    "A brace in a string, an object in a row, other spacing, a missing field: the same rows, with Python's own reader where it must be"
+    want = DrivingData(odd).frame('k1')
+    def same():
+        got = DrivingData(odd).frame('k1')
+        for k in ('boxes', 'velocity', 'cam2ego', 'ego2global'): np.testing.assert_array_equal(getattr(got, k), getattr(want, k))
+    for table in ('sample_data', 'ego_pose', 'sample_annotation'):
+        path = odd/f'v1.0-odd/{table}.json'; rows, plain = json.loads(path.read_text()), path.read_bytes()
+        for text in (json.dumps(rows, indent=0), json.dumps(rows, indent=4), json.dumps(rows, separators=(',', ':')), json.dumps(rows).replace('}, {', '} , {'), '\n\n '+json.dumps(rows, indent=2).replace('\n', '\r\n')+' \n'): path.write_text(text); same()
+        path.write_text(json.dumps([r | dict(fileformat='}, {"', extra=dict(a=[dict(b=1)])) for r in rows])); same()
+        for broken in (plain[:-20], plain[:-1], b'{}', b'[1, 2]', b''):
+            path.write_bytes(broken)
+            with pytest.raises(ValueError): DrivingData(odd)
+        path.write_bytes(plain)
+    edit(odd, 'sample_annotation', lambda rows: [{k: v for k, v in r.items() if k != 'num_lidar_pts'} for r in rows])
+    assert DrivingData(odd).frame('k1').num_lidar_pts.tolist() == [-1]*3
+
+def test_tables_of_many_blocks(tmp_path):
+    "Blocks are cut anywhere, and threads change nothing"
+    from bev_reid.tables import COLUMNS, read_table
+    rows = [dict(token=f'{i:032x}', timestamp=i, rotation=[1., 0, 0, i/7], translation=[i/3, -i, 1e-9*i]) for i in range(500)]
+    (tmp_path/'t.json').write_text(json.dumps(rows, indent=0))
+    for block, threads in ((300, 1), (1024, 3), (5001, 2), (1 << 22, 1)): assert read_table(tmp_path/'t.json', COLUMNS['ego_pose'], block=block, threads=threads).to_pylist() == rows
+
+def test_generated_tables_load(tmp_path):
+    sys.path.insert(0, str(Path(__file__).parents[1]/'nbs/_tools/bench'))
+    from tables import FULL, make_tables
+    n = make_tables(tmp_path/'set', share=1/850)
+    assert all(abs(n[k]-v/850) <= 1 for k, v in FULL.items())
+    data = DrivingData(tmp_path/'set')
+    assert len(data.sample_tokens()) == n['sample'] and len(data.cams) == 6 and sum(map(len, data.tracks(categories='all').values())) == n['sample_annotation']
+    assert data.splits().keys() == {'train', 'all'}                   # scene-0001 is one of nuScenes' own
+    same_as_devkit(data)
+
+def test_the_devkit_is_asked_for(toy_root, tmp_path):
+    "Reading a set does not import the devkit; .nusc does"
+    code = "import sys; from bev_reid.data import DrivingData; d = DrivingData(sys.argv[1]); d.frame(d.sample_tokens('train')[0]); d.tracks(); assert 'nuscenes' not in sys.modules; print(type(d.nusc).__mro__[1].__name__, len(d.nusc.sample))"
+    r = subprocess.run([sys.executable, '-c', code, str(toy_root)], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert r.stdout == 'NuScenes 8\n', r.stderr
 
 # --- broken input names the thing ---
 def test_no_tables(tmp_path, odd):
@@ -322,6 +384,74 @@ def test_matrix_matches_pixels(size, pre):
             assert (got-want).abs().max() < .15, (k, c, got, want)
             n += 1
     assert n >= 8
+
+# --- decoding at reduced scale ---
+def jpeg(path, img, quality=92, **kw): Image.fromarray(img.permute(1, 2, 0).numpy()).save(path, quality=quality, **kw); return path
+
+def test_only_what_divides_the_sides_is_shrunk():
+    assert [jpeg_shrink((900, 1600), s) for s in (.22, .225, .44, .51, 1, .1, .125)] == [4, 4, 2, 1, 1, 4, 4]       # 900 is no multiple of 8
+    assert [jpeg_shrink(size, .1) for size in ((1024, 1224), (225, 400), (226, 400), (896, 1600))] == [8, 1, 2, 8]
+
+@pytest.mark.parametrize('k', [2, 4, 8])
+def test_shrunk_while_decoded_stays_in_place(k, tmp_path):
+    "Blobs lie where the matrix sends them, as from the whole image: the intrinsics stay right"
+    size, g, n = (960, 1600), torch.Generator().manual_seed(k), 0
+    h, w = size
+    spots = torch.tensor([[.5, .62], [.4, .7], [.57, .58]])*torch.tensor([w, h])
+    path = jpeg(tmp_path/'blobs.jpg', blob_img(h, w, spots, w/60), subsampling=0)
+    cfg = ImgAug(out_size=(int(960/k*.62), int(1600/k*.98)))
+    src = load_img(path, scale=1/k, size=size)
+    assert src.shape == (3, h//k, w//k)
+    u, v = torch.arange(float(cfg.out_size[1])), torch.arange(float(cfg.out_size[0]))[:, None]
+    for i in range(4):
+        m = sample_img_aug(cfg, size, generator=g) if i else val_img_aug(cfg, size)
+        a, b = (apply_img_aug(x, m, cfg.out_size, size=size) for x in (src, load_img(path)))
+        for c, spot in enumerate(spots):
+            want = transform_points(torch.tensor([[*spot, 1.]]), m)[0, :2]
+            if not ((want > 30) & (want < torch.tensor([cfg.out_size[1]-30., cfg.out_size[0]-30]))).all(): continue
+            x, y = (p[c]*(p[c] > .05) for p in (a, b))                                       # without the rings of the JPEG
+            at, whole = (torch.stack([(p*u).sum(), (p*v).sum()])/p.sum() for p in (x, y))
+            assert (at-want).abs().max() < .15 and (at-whole).abs().max() < .05, (k, c, at, whole, want)
+            n += 1
+    assert n >= 4
+
+def test_shrunk_while_decoded_shows_the_same(tmp_path):
+    "The tolerance: on camera pictures a grey level or so on average at a quarter of the size, half of one at half"
+    files = [p for t in real('nuscenes_real').sample_tokens() for p in real('nuscenes_real').frame(t).img_paths]
+    for scale, k, most in ((.22, 4, 1.6), (.44, 2, .8)):
+        whole, fast = [torch.stack([shrink_img(load_img(p, **kw), scale*f) for p in files]).float() for kw, f in (({}, 1), (dict(scale=scale), k))]
+        assert whole.shape == fast.shape and (whole-fast).abs().mean() < most and (whole-fast).mean().abs() < .05
+        assert 10*torch.log10(255**2/(whole-fast).square().mean()) > 38                       # dB
+
+def test_whole_jpegs_decode_as_pil_does(tmp_path):
+    "Also those that OpenCV would turn, or that are grey or CMYK; and the bytes after the end mark do no harm"
+    img = torch.randint(0, 255, (3, 40, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    img = torch.nn.functional.interpolate(img[None].float(), (80, 96), mode='bilinear')[0].byte()
+    exif = Image.Exif(); exif[0x0112] = 6
+    ways = dict(plain=Image.fromarray(img.permute(1, 2, 0).numpy())); ways |= dict(grey=ways['plain'].convert('L'), cmyk=ways['plain'].convert('CMYK'))
+    for name, im in ways.items(): im.save(tmp_path/f'{name}.jpg', quality=90, **(dict(exif=exif) if name == 'plain' else {}))
+    (tmp_path/'tail.jpg').write_bytes((tmp_path/'plain.jpg').read_bytes()+b'x'*30)
+    ways['plain'].save(tmp_path/'same.png')
+    for p in tmp_path.iterdir():
+        want = torch.from_numpy(np.array(Image.open(p).convert('RGB'))).permute(2, 0, 1)
+        assert (load_img(p).int()-want.int()).abs().max() <= 2, p
+        assert load_img(p, scale=.5, size=(80, 96)).shape[1:] == ((40, 48) if p.stem in ('plain', 'tail') else (80, 96))
+
+def test_samples_see_the_reduced_image(tmp_path):
+    "In training and evaluation, with and without the cache"
+    root = write_set(tmp_path/'odd')
+    for p in root.glob('samples/eye_*/*.jpg'):
+        small = load_img(p)
+        jpeg(p, torch.nn.functional.interpolate(small[None].float(), scale_factor=4, mode='bicubic', antialias=True)[0].clamp(0, 255).byte())
+    edit(root, 'sample_data', lambda rows: [r | dict(height=4*r['height'], width=4*r['width']) for r in rows])
+    edit(root, 'calibrated_sensor', lambda rows: [r | dict(camera_intrinsic=[[4*v for v in k] for k in r['camera_intrinsic'][:2]]+r['camera_intrinsic'][2:]) for r in rows])
+    data = DrivingData(root)
+    for train in (False, True):
+        kw = dict(img_aug=ImgAug(out_size=(24, 44)), train=train)
+        a, b = (SampleDataset(data, ['k0', 'k1'], cache=c, **kw)[1] for c in (False, True))
+        assert torch.equal(a['imgs'], b['imgs']) and torch.equal(a['intrins'], data.frame('k1').intrins)
+        for img, m, p, size in zip(a['imgs'], a['img_aug'], data.frame('k1').img_paths, data.frame('k1').img_sizes.tolist()):
+            assert (img-apply_img_aug(load_img(p), m, (24, 44), size=size)).abs().mean() < .06                        # of noise, the worst case
 
 def test_flip_is_exact():
     img = (torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(0))*255).byte()

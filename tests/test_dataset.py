@@ -1,5 +1,5 @@
 """The ReID data set: builds that die and go on, processes that share the scenes, splits that never share a vehicle."""
-import errno, json, shutil
+import errno, json, shutil, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,10 @@ import bev_reid.dataset as D
 from bev_reid.crops import CropConfig
 from bev_reid.data import DrivingData
 from bev_reid.dataset import *
+from bev_reid.fit import plain, save_atomic
 from bev_reid.geometry import BEVGrid
 from bev_reid.lss import LiftSplat, LSSConfig
-from road import halves
+from road import BIN, env, halves, verb
 
 CFG = DatasetConfig(crop=CropConfig(extent=16., size=12), patch_size=16)
 
@@ -70,6 +71,53 @@ def test_two_processes(whole, data, model, tmp_path):
     same(whole, tmp_path/'reid')
     build_dataset(model, data, tmp_path/'three', cfg=CFG, rank=2, world=3)                     # nothing to do for the third
     assert not (tmp_path/'three/dataset.json').exists()
+
+def test_progress_counts_what_was_done_before(data, model, tmp_path, capsys):
+    build_dataset(model, data, tmp_path/'reid', cfg=CFG, rank=0, world=2)
+    assert capsys.readouterr() == ('', '')                                                     # the library is silent
+    build_dataset(model, data, tmp_path/'reid', cfg=CFG, progress=True)
+    said = capsys.readouterr().err
+    assert ' 4/8 ' in said and '8/8' in said and 'keyframes' in said
+
+def test_two_processes_of_torchrun(toy_root, model, tmp_path):
+    "Every file is the same, byte for byte, as one process makes it"
+    save_atomic(dict(model=model.state_dict(), config=dict(lss=plain(model.cfg))), tmp_path/'lss.pt')
+    args = [tmp_path/'lss.pt', toy_root]
+    crop = ['--extent', '16', '--size', '12', '--device', 'cpu']
+    run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', BIN/'bev_reid_dataset', *args, tmp_path/'two', *crop]
+    p = subprocess.Popen([str(a) for a in run], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env(), cwd=tmp_path)
+    verb('dataset', *args, tmp_path/'one', *crop, tmp=tmp_path)
+    said, _ = p.communicate(timeout=240)
+    assert p.returncode == 0 and 'n_obs' in said, said
+    files = sorted(f.relative_to(tmp_path/'one') for f in (tmp_path/'one').rglob('*') if f.is_file())
+    assert len(files) == 3+2*5 and files == sorted(f.relative_to(tmp_path/'two') for f in (tmp_path/'two').rglob('*') if f.is_file())
+    for f in files: assert (tmp_path/'one'/f).read_bytes() == (tmp_path/'two'/f).read_bytes(), f
+
+def test_workers_and_batches(whole, data, model, tmp_path):
+    same(whole, build_dataset(model, data, tmp_path/'workers', cfg=CFG, n_workers=2))
+    alone = build_dataset(model, data, tmp_path/'alone', cfg=CFG, batch_size=3, n_workers=1)   # another batch size moves the last bits alone
+    a, b = ReIDDataset(whole), ReIDDataset(alone)
+    assert list(a.table['ann_token']) == list(b.table['ann_token']) and np.array_equal(a.read('patches'), b.read('patches'))
+    x, y = a.read('crops').astype(float), b.read('crops').astype(float)
+    assert np.abs(x-y).max() < 2e-3*np.abs(x).max() and np.abs(a.read('rgb').astype(int)-b.read('rgb')).max() <= 1
+
+def test_precision(whole, data, model, tmp_path):
+    a, b = (ReIDDataset(build_dataset(model, data, tmp_path/amp, cfg=CFG, amp=amp)).read('crops').astype(float) for amp in ('no', 'bf16'))
+    assert 0 < np.linalg.norm(a-b) < .05*np.linalg.norm(a)
+    with pytest.raises(ValueError, match='amp: bf16 there, no now'): build_dataset(model, data, tmp_path/'bf16', cfg=CFG, amp='no')
+
+def test_patches_from_shrunk_images(whole, data, model, tmp_path):
+    "The same patches where nothing is smaller than they are, and softer ones elsewhere"
+    ds = ReIDDataset(build_dataset(model, data, tmp_path/'shrunk', cfg=replace(CFG, patch_from='shrunk')))
+    want, got, large = ReIDDataset(whole).read('patches').astype(int), ds.read('patches').astype(int), ds.table['patch_px'] > 30
+    off = np.abs(want-got).mean((1, 2, 3))
+    assert large.any() and off[large].mean() < 12 and np.array_equal(want.any((1, 2, 3)), got.any((1, 2, 3)))
+    assert np.array_equal(ds.read('crops'), ReIDDataset(whole).read('crops'))
+
+def test_errors_of_workers_are_told_as_they_are(data, model, toy_root, tmp_path):
+    root = tmp_path/'world'; shutil.copytree(toy_root, root)
+    Path(DrivingData(root).frame(data.sample_tokens()[2]).img_paths[1]).unlink()
+    with pytest.raises(FileNotFoundError, match='^image .* is missing'): build_dataset(model, DrivingData(root), tmp_path/'reid', cfg=CFG, n_workers=1)
 
 @pytest.mark.parametrize('at', [1, 2, 4])
 def test_full_disk(whole, data, model, tmp_path, monkeypatch, at):

@@ -212,3 +212,34 @@ def test_a_run_whose_config_holds_its_recipe_can_be_made_longer():
             return Run(m, torch.optim.Adam(m.parameters()), run_dir=d, cfg=cfg, config=dict(recipe=dict(fit=cfg)))
         run(10).save(); run(20)
         with pytest.raises(ValueError, match='lr'): run(20, lr=1e-2)
+
+def test_half_precision_is_chosen_where_the_machine_has_it(monkeypatch):
+    def has(cuda=False, cuda_bf16=False, **cpu):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: cuda_bf16 or including_emulation)
+        for k in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'): monkeypatch.setattr(torch.cpu, k, lambda k=k: cpu.get(k, False), raising=False)
+    has(); assert fast_amp() == fast_amp('cpu') == FitConfig(amp='auto').amp == 'no'
+    has(_is_amx_tile_supported=True); assert fast_amp() == FitConfig(amp='auto').amp == 'bf16'
+    has(_is_avx512_bf16_supported=True); assert fast_amp(torch.device('cpu')) == 'bf16'
+    has(cuda=True); assert fast_amp() == fast_amp('cuda') == 'no'                         # a GPU that only emulates it
+    has(cuda=True, cuda_bf16=True); assert fast_amp() == 'bf16' and fast_amp('cpu') == 'no'
+    assert FitConfig().amp == 'no'
+    for k in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'): monkeypatch.delattr(torch.cpu, k)   # an older PyTorch does not tell
+    assert fast_amp('cpu') == 'no'
+
+def test_a_run_from_before_goes_on_as_it_began(tmp_path):
+    "Checkpoints written without the fused optimiser and without today's options resume, and keep their optimiser"
+    with pytest.raises(Killed): train(tmp_path, loss_fn=dies_at(14))
+    path = checkpoints(tmp_path)[-1]; state = load_checkpoint(path)
+    del state['config']['fit']['compile']
+    for g in state['optimizer']['param_groups']: g['fused'] = None
+    save_atomic(state, path)
+    _, out = train(tmp_path)
+    assert out['step'] == 24 and all(g['fused'] is None for g in load_checkpoint(tmp_path)['optimizer']['param_groups'])
+
+def test_compiled_training_writes_ordinary_checkpoints(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, 'compile', lambda self, **kw: compiled.append(self))
+    m, _ = train(tmp_path/'a', compile=True)
+    same(m, train(tmp_path/'b')[0])
+    assert compiled == [m] and load_checkpoint(tmp_path/'a')['model'].keys() == m.state_dict().keys()

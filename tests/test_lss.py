@@ -117,6 +117,102 @@ def test_parity_with_the_published_method(kw):
     assert n > 3000 and want.std() > .2 and (bev.abs().sum(1) > 0).float().mean() > .1      # the comparison is about something
     torch.testing.assert_close(got['logits'], want, atol=1e-4, rtol=1e-4)
 
+def test_parity_on_the_fast_paths(monkeypatch):
+    # maps of any size are convolved before they are enlarged
+    monkeypatch.setattr(Enlarge, 'worth', 0)
+    test_parity_with_the_published_method(dict(index_mode='trunc', stride=8))
+
+def test_trunk_is_the_packages_own():
+    cfg = config(img_size=(64, 96))
+    m, x = Trunk(cfg), torch.rand(3, 3, 64, 96)
+    m.drop = 0.                                                       # which images skip a block is drawn
+    outs, grads = [], []
+    for ours in (True, False):
+        m.ours = ours; m.zero_grad()
+        outs.append(m(x)); sum(y.square().mean() for y in outs[-1]).backward()
+        grads.append([p.grad for p in m.parameters()])
+    torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5); torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-3)
+
+def test_images_skip_blocks_as_often_as_they_should():
+    blk = Trunk(config()).blocks[2]; blk.eval(); x = torch.rand(400, blk._block_args.input_filters, 2, 2)
+    with torch.no_grad():
+        want, blk.training = mb_block(blk, x)-x, True                 # norms stay in eval mode
+        got = mb_block(blk, x, drop=.25)-x
+    kept = got.flatten(1).abs().sum(1) > 0
+    assert .68 < kept.float().mean() < .82
+    torch.testing.assert_close(got[kept], want[kept]/.75, atol=1e-5, rtol=1e-4)
+
+@pytest.mark.parametrize('size, scale, b, fine', [((5, 7), 2, 2, 3), ((4, 6), 4, 1, 0), ((1, 3), 2, 2, 2), ((80, 6), 2, 1, 0), ((9, 104), 2, 2, 4)])
+def test_convolving_first_changes_nothing(size, scale, b, fine):
+    torch.manual_seed(0)
+    enlarge, conv = Enlarge(scale, size).double(), nn.Conv2d(6+fine, 5, 3, padding=1).double()
+    x = torch.randn(b, 6, *size, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(b, fine, *[s*scale for s in size], dtype=torch.float64, requires_grad=True) if fine else None
+    got = []
+    for enlarge.worth in (0, float('inf')):
+        out = enlarge(x, conv, y); w = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+        got.append((out, *torch.autograd.grad((out*w).sum(), (x, *conv.parameters(), *([y] if fine else [])))))
+    torch.testing.assert_close(*got, atol=1e-3, rtol=1e-4)                            # the matrix is that of float32
+
+def test_compiles_in_one_graph(monkeypatch):
+    "Everything between plan and maps, the pooling included, as it is trained: under autocast, forward and backward"
+    monkeypatch.setattr(Enlarge, 'worth', 0)
+    cfg = config(img_size=(32, 64), grid=BEVGrid((-80, 80, 1), (-8, 8, 1), (-10, 10, 20), (2, 26, 2)))   # long enough for bands
+    m, batch = shaken(cfg).train(), rig(1, 2, cfg)
+    m.cam_encode.trunk.drop, outs = 0., []
+    for compiled in (False, True):
+        if compiled: m.compile(fullgraph=True, backend='eager')
+        with torch.autocast('cpu', torch.bfloat16): outs.append(run_lss(m, batch)['logits'].float())
+    torch.testing.assert_close(*outs, atol=1e-3, rtol=1e-3)
+    outs[1].sum().backward()
+    assert m.cam_encode.trunk.stem.weight.grad.abs().sum() > 0
+    assert list(m.state_dict()) == list(LiftSplat(cfg).state_dict())                  # checkpoints know nothing of it
+    fast = fast_lss(m, amp='no')
+    with torch.no_grad(): m.head.weight.zero_()
+    assert run_lss(fast, batch)['logits'].std() > 1e-3                                # a copy runs its own weights
+
+def test_geometry_is_never_in_half_precision():
+    cfg = config(rays=True)
+    m, batch = shaken(cfg), rig(1, 3, cfg)
+    points = [torch.rand(500, 4)*torch.tensor([60, 60, 6, 1])-torch.tensor([30, 30, 2, 0])]
+    def geometry(): return m.plan(*(batch[k] for k in ('intrins', 'cam2ego', 'img_aug'))).cells, ray_features(m.frustum, batch['intrins'], batch['cam2ego'], batch['img_aug']), depth_target(points, batch, cfg)
+    want = geometry()
+    with torch.autocast('cpu', torch.bfloat16): got = geometry()
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+@pytest.mark.parametrize('kw', [{}, dict(trunk='lite0', stride=8, rays=True, appearance=8, context_channels=8, bev_skip=True)], ids=['published', 'appearance'])
+def test_fast_inference(kw, monkeypatch):
+    cfg = config(**kw)
+    m, batch = shaken(cfg), rig(1, 4, cfg)
+    before = {k: v.clone() for k, v in m.state_dict().items()}
+    with torch.no_grad(): want = run_lss(m, batch)
+    for worth in (0, Enlarge.worth):
+        monkeypatch.setattr(Enlarge, 'worth', worth)
+        folded, half = run_lss(fast_lss(m, amp='no'), batch), run_lss(fast_lss(m, amp='bf16'), batch)
+        for k in ('logits', 'bev_feats', 'depth_logits'):
+            torch.testing.assert_close(folded[k], want[k], atol=1e-4, rtol=1e-4)
+            assert half[k].dtype == torch.float32 and (half[k]-want[k]).abs().mean() < .2*want[k].std(), k
+        depth = [o['depth_logits'].softmax(2) for o in (half, want)]
+        assert (depth[0]-depth[1]).abs().max() < .05
+    assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items()) and any(isinstance(n, nn.BatchNorm2d) for n in m.modules())
+    fast = fast_lss(m)
+    assert not fast.train().training and fast.cfg == cfg and fast.img_aug == m.img_aug and not any(isinstance(n, nn.BatchNorm2d) for n in fast.modules())
+    again = run_lss(fast, batch, plan=want['plan'])['logits']
+    torch.testing.assert_close(again, run_lss(fast, batch)['logits'])
+    with pytest.raises(ValueError, match='amp must be auto, bf16 or no'): fast_lss(m, amp='fp16')
+
+def test_half_precision_gradients():
+    "The step in bfloat16 goes where the step in float32 goes"
+    cfg = config(img_size=(64, 96))
+    m, x = Trunk(cfg), torch.rand(4, 3, 64, 96)
+    m.drop, grads = 0., []
+    for amp in (False, True):
+        m.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16, enabled=amp): out = m(x)
+        sum(y.float().square().mean() for y in out).backward()
+        grads.append(torch.cat([p.grad.flatten() for n, p in m.named_parameters() if '_depthwise' in n]))
+    assert F.cosine_similarity(*grads, dim=0) > .98
+
 def test_index_modes_differ():
     cfg = config(index_mode='trunc')
     m, batch = shaken(cfg), rig(1, 6, cfg)
