@@ -143,7 +143,7 @@ def junk_mask(q, g, *, min_gap=2., scope='all')->Bool[np.ndarray, "q g"]:
     "Which pairs to leave out, at once; see `lazy_junk`"
     return lazy_junk(q, g, min_gap=min_gap, scope=scope)(slice(None))
 
-# %% ../nbs/10_evaluate.ipynb #3d4cb8e2
+# %% ../nbs/10_evaluate.ipynb #87f4ce06
 def all_observations(
     features, # Features (i ...), flattened; or a matrix or function of distances with `metric='given'`
     obs:Observations, # The same observations
@@ -159,7 +159,8 @@ def all_observations(
     "Rank all observations for each observation"
     qi = np.arange(len(obs)) if query is None else np.flatnonzero(query)
     q = obs.take(qi)
-    if metric == 'given': dist = lambda rows: features(qi[rows]) if callable(features) else np.asarray(features)[qi[rows]]
+    if metric == 'given' and query is None and hasattr(features, 'pairs'): dist = features
+    elif metric == 'given': dist = lambda rows: features(qi[rows]) if callable(features) else np.asarray(features)[qi[rows]]
     else:
         f = check_features(features, 'features')
         if len(f) != len(obs): raise ValueError(f"{len(f)} features for {len(obs)} observations")
@@ -203,9 +204,9 @@ class SingleShotResult:
         return {**{k: float(v.mean()) for k, v in per.items()}, **{k+'_std': float(v.std()) for k, v in per.items()},
                 'n_ids': self.ranks.shape[1], 'n_skipped': self.n_skipped, 'n_galleries': len(self.ranks), **self.settings}
 
-# %% ../nbs/10_evaluate.ipynb #dce9fc5c
+# %% ../nbs/10_evaluate.ipynb #3bd63e20
 def single_shot(
-    features, # Features (i ...), or distances (i i) with `metric='given'`
+    features, # Features (i ...), or distances (i i), or a function of rows, with `metric='given'`
     obs:Observations, # The same observations
     *,
     metric:str='cosine', # `cosine`, `euclidean` or `given`
@@ -216,8 +217,8 @@ def single_shot(
     tie_eps:float=1e-6, # As in `evaluate_ranking`
 )->SingleShotResult:
     "One probe and one gallery entry per identity, repeated"
-    f = np.asarray(features) if metric == 'given' else check_features(features, 'features')
-    if len(f) != len(obs): raise ValueError(f"{len(f)} features for {len(obs)} observations")
+    f = check_features(features, 'features') if metric != 'given' else features if callable(features) else np.asarray(features)
+    if np.shape(f)[0] != len(obs): raise ValueError(f"{np.shape(f)[0]} features for {len(obs)} observations")
     ids, = codes(obs.ids); names = np.unique(ids)
     def pairs(m): o = obs.take(m); return m[np.argwhere(~junk_mask(o, o, min_gap=min_gap))]
     usable = [p for n in names if len(p := pairs(np.flatnonzero(ids == n)))]
@@ -226,7 +227,7 @@ def single_shot(
     for i in range(n_galleries):
         rng = np.random.RandomState(seed+i)
         probe, gallery = np.stack([p[rng.randint(len(p))] for p in usable], 1)
-        d = f[np.ix_(probe, gallery)] if metric == 'given' else distances(f[probe], f[gallery], metric=metric)
+        d = distances(f[probe], f[gallery], metric=metric) if metric != 'given' else f(probe)[:, gallery] if callable(f) else f[np.ix_(probe, gallery)]
         ranks[i] = evaluate_ranking(d, np.arange(len(probe)), np.arange(len(probe)), tie_eps=tie_eps).first_hit
     return SingleShotResult(ranks, len(names)-len(usable), tuple(ks), dict(protocol='single-shot', min_gap=min_gap, seed=seed))
 
@@ -354,7 +355,7 @@ def evaluate_all(
         if intervals and protocol == 'all': rows[-1].update({k+'_ci': v for k, v in bootstrap(last).items()})
     return rows+[dict(method='chance', **last.chance, cmc=last.chance_cmc.tolist())] if last else rows
 
-# %% ../nbs/10_evaluate.ipynb #8c8d2bac
+# %% ../nbs/10_evaluate.ipynb #242a2922
 def format_table(
     rows:list, # Dicts, such as from `evaluate_all`
     *,
@@ -366,8 +367,9 @@ def format_table(
     cols = [c for c in columns if any(c in r for r in rows)]
     def cell(r, c):
         v = r.get(c, '')
+        if isinstance(v, (tuple, list)) and c.endswith('_ci'): return ' to '.join(f'{100*x:.1f}' for x in v)
         if not isinstance(v, (float, np.floating)): return str(v)
-        return '-' if np.isnan(v) else f'{100*v:.1f}' if c.startswith(('rank', 'mAP', 'mINP')) else f'{v:.1f}'
+        return '-' if np.isnan(v) else f'{100*v:.1f}' if c.startswith(('rank', 'mAP', 'mINP', 'TAR', 'FAR', 'accuracy')) else f'{v:.1f}'
     body = [cols]+[[cell(r, c) for c in cols] for r in rows]
     if fmt == 'html': return '<table>'+''.join('<tr>'+''.join(f'<{t}>{html.escape(v)}</{t}>' for v in r)+'</tr>' for r, t in zip(body, ['th']+['td']*len(rows)))+'</table>'
     width = [max(len(r[j]) for r in body) for j in range(len(cols))]

@@ -8,7 +8,7 @@ __all__ = ['LSSConfig', 'same_conv', 'mb_block', 'Trunk', 'conv_bn', 'enlarging_
            'depth_target', 'seg_loss', 'depth_loss', 'lss_loss', 'eval_lss', 'fill_gaps', 'rgb_bev', 'fold_norms',
            'FastLSS', 'fast_lss', 'load_lss']
 
-# %% ../nbs/06_lss.ipynb #69f80030
+# %% ../nbs/06_lss.ipynb #07a3bf21
 import copy
 from dataclasses import dataclass, replace
 
@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 
 from .bev_pool import BEVPoolPlan, bev_pool, make_plan
 from .data import ImgAug, SampleDataset, collate_samples
+from .ema import ema_weights
 from .fit import fast_amp, from_plain, load_checkpoint, plain, to_device
 from .geometry import BEVGrid, frustum_geometry, make_frustum, project
 
@@ -535,7 +536,7 @@ def fast_lss(
     if compile: out.compile()
     return out
 
-# %% ../nbs/06_lss.ipynb #fc39036c
+# %% ../nbs/06_lss.ipynb #80768b3c
 def load_lss(
     path, # Checkpoint, or folder of a run
     *,
@@ -549,7 +550,7 @@ def load_lss(
     if recipe := state['config'].get('recipe'):                         # as it was trained
         model.img_aug, model.classes = from_plain(ImgAug, recipe['img_aug']), tuple(recipe.get('classes', model.classes))
     model.company_ids = state['config'].get('data', {}).get('company_ids', [])
-    weights = {k.removeprefix('lss.'): v for k, v in state['model'].items() if not k.startswith('company.')}
+    weights = {k.removeprefix('lss.'): v for k, v in ema_weights(state).items() if not k.startswith('company.')}
     try: model.load_state_dict(weights)
     except RuntimeError as e: raise ValueError(f"the weights of {path} do not fit the network of its configuration (was it made by another version?): {str(e).splitlines()[-1].strip()}") from e
     return model.to(device).eval()

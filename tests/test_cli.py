@@ -11,7 +11,7 @@ import bev_reid.cli as cli
 from bev_reid.fit import checkpoints, load_checkpoint, read_metrics
 from road import BIN, CROP, LSS, METRIC, REAL, Command, env, halves, hear_ctrl_c, verb, walk
 
-VERBS = 'toy train_lss eval_lss dataset train eval show demo'.split()
+VERBS = 'toy train_lss eval_lss dataset train eval show export demo'.split()
 
 @pytest.fixture(scope='module')
 def out(tmp_path_factory): return tmp_path_factory.mktemp('road')
@@ -240,3 +240,16 @@ def test_real_pictures(tmp_path):
     assert summary['splits'].keys() == {'train', 'test'} and summary['n_skipped'] == 0 and summary['n_obs'] > 200
     verb('train', tmp_path/'reid', tmp_path/'metric', *METRIC, '--steps', 2, tmp=tmp_path)
     assert 'learned embedding' in verb('eval', tmp_path/'metric', tmp_path/'reid', tmp=tmp_path)[0]
+
+
+def test_more_of_the_evaluation_and_export(said, out, tmp_path, capsys):
+    "The flags beyond the road: a refined row, strata, pairs; what is carried away, and what is refused"
+    res = cli.bev_reid_eval(str(out/'metric'), str(out/'reid'), min_gap=.4, min_visibility=1, rerank='expand', strata=True, protocol='paired', out=str(tmp_path/'e.json'))
+    text = capsys.readouterr().out
+    assert 'learned embedding, expand' in {r['method'] for r in res['rows']} and all(k in text for k in ('strata:', 'differences:', 'verification:', 'paired:'))
+    assert json.loads((tmp_path/'e.json').read_text())['paired']
+    with pytest.raises(ValueError, match='--protocol must be all or paired'): cli.bev_reid_eval(str(out/'metric'), str(out/'reid'), protocol='pairs')
+    with pytest.raises(ValueError, match='pass --dataset'): cli.bev_reid_export(str(out/'metric'), str(tmp_path/'e.npz'))
+    with pytest.raises(ValueError, match='arcface'): cli.bev_reid_train(str(out/'reid'), str(tmp_path/'run'), loss='nonsense')
+    cli.bev_reid_export(str(out/'metric'), str(tmp_path/'e.npz'), dataset=str(out/'reid'))
+    assert (tmp_path/'e.npz').exists() and not (tmp_path/'run').exists()

@@ -106,3 +106,26 @@ def test_patches():
     half = torch.nn.functional.avg_pool2d(img[None].float(), 2)[0].byte()
     small, cam, px = best_patch(rects[0], [half], size=16, sizes=[(100, 200)])         # from a shrunk copy
     assert cam == 0 and px == pytest.approx(200/9, abs=1e-3) and (small.int()-patch.int()).abs().float().mean() < 16
+
+@pytest.mark.parametrize('heading_up', [True, False])
+@pytest.mark.parametrize('yaw', [0., .5, np.pi/2, -2.])
+def test_mask(heading_up, yaw):
+    "1 in the footprint, falling to 0 over the margin; it turns with the window"
+    cfg, b = CropConfig(extent=8., size=160, heading_up=heading_up, mask=True, mask_margin=.5), box(yaw=yaw)
+    p = crop_points(b[None], cfg)
+    m = crop_mask(p, b[None], cfg)[0]
+    inside = torch.tensor(Polygon(box_bev(b[None])[0].numpy()).contains_points(p[0].reshape(-1, 2).numpy())).view(160, 160)
+    assert (inside != (m == 1)).float().mean() < .002 and m.min() == 0
+    share = lambda w, l: w*l/64
+    assert (m > 0).float().mean() == pytest.approx(share(2, 4.5)+(2*.5*6.5+np.pi*.25)/64, abs=.003)     # a rounded margin
+    hard = crop_mask(p, b[None], CropConfig(extent=8., size=160, heading_up=heading_up, mask_margin=0.))[0]
+    assert set(hard.unique().tolist()) == {0., 1.} and hard.mean() == pytest.approx(share(2, 4.5), abs=.003)
+    got = crop(torch.ones(1, 3, *GRID.nx[:2]), b, cfg=cfg)[0]
+    assert torch.allclose(got, m.expand(3, -1, -1), atol=1e-5)
+
+def test_masks_leak_the_size_and_plain_crops_do_not():
+    raster = torch.rand(1, 5, *GRID.nx[:2])
+    for mask in (False, True):
+        a, b = crop(raster, box(yaw=.7), box(yaw=.7, w=.6, l=1.8), cfg=CropConfig(extent=6., size=24, mask=mask))
+        assert torch.equal(a, b) is not mask
+    with pytest.raises(ValueError, match='mask_margin must be'): CropConfig(mask_margin=-1)

@@ -208,3 +208,94 @@ def test_a_map_that_knows_a_held_out_vehicle_is_refused(tmp_path, toy_root):
     model = network(); model.company_ids = held[:1]
     with pytest.raises(ValueError, match='would hold out'): D.build_dataset(model, data, tmp_path/'reid', cfg=CFG)
     assert not (tmp_path/'reid').exists()
+
+EVERY = replace(CFG, features=D.FEATURES)
+
+@pytest.fixture(scope='module')
+def every(data, model, tmp_path_factory): return build_dataset(model, data, tmp_path_factory.mktemp('every')/'reid', cfg=EVERY)
+
+def test_every_feature_in_one_build(whole, every):
+    a, b = ReIDDataset(whole), ReIDDataset(every)
+    assert (b.features, b.channels, b.names[5:8], b.names[-1]) == (D.FEATURES, 6+4+4+4, ['bev.5', 'rgb.red', 'rgb.green'], 'lidar.density') and b[0]['crop'].shape == (18, 12, 12)
+    crops = b.read('crops')
+    assert np.array_equal(a.read('crops'), crops[:, :6]) and np.array_equal(a.read('rgb'), b.read('rgb')) and a.table['ann_token'].tolist() == b.table['ann_token'].tolist()
+    assert np.abs(crops[:, 6:9].astype(float)-b.read('rgb')/255).max() < 1/255 and np.isfinite(crops).all()
+    assert 0 <= crops[:, 6:].min() and crops[:, 6:].max() <= 1 and all(crops[:, k].max() > .1 for k in range(6, 18))
+    assert json.loads((every/'dataset.json').read_text())['features'] == list(D.FEATURES)
+    known = json.loads((every/'config.json').read_text())['channels']                          # names and normalisation are written down
+    assert [c['name'] for c in known] == b.names and known[-4] == dict(name='lidar.height_max', zero=-1., one=5., unit='m') and known[-2]['one'] == 255
+    many = b.table['num_lidar_pts'] > 40                                                       # where the LiDAR sees a vehicle, its crop shows it
+    assert many.any() and (crops[many, -1, 3:9, 3:9].max((1, 2)) > .1).all()
+
+def test_subsets_of_the_features(every):
+    full = ReIDDataset(every).read('crops')
+    for asked, at in ((('rgb',), [6, 7, 8, 9]), ('bev', range(6)), (('lidar', 'rgb'), [6, 7, 8, 9, 14, 15, 16, 17]), (('lidar.intensity', 'bev.2'), [2, 16]), (None, range(18)), ((), range(18))):
+        ds = ReIDDataset(every, features=asked)
+        assert np.array_equal(ds.read('crops'), full[:, list(at)]) and ds.channels == len(at) == len(ds.names) and ds[1]['crop'].shape == (len(at), 12, 12), asked
+    assert ReIDDataset(every, features=('lidar', 'bev.2')).features == ('lidar', 'bev.2')
+    with pytest.raises(ValueError, match="hold bev, rgb, rgb_lidar, lidar, no 'depth': build a data set"): ReIDDataset(every, features=('depth',))
+
+@pytest.mark.parametrize('features', [('rgb',), ('rgb_lidar',), ('lidar',)])
+def test_each_feature_alone(every, data, model, tmp_path, features):
+    alone = build_dataset(model, data, tmp_path/'reid', cfg=replace(CFG, features=features))
+    assert np.array_equal(ReIDDataset(alone).read('crops'), ReIDDataset(every, features=features).read('crops'))
+
+def test_features_and_processes(every, data, model, tmp_path):
+    for rank in (1, 0): build_dataset(model, data, tmp_path/'reid', cfg=EVERY, rank=rank, world=2, n_workers=1-rank)
+    same(every, tmp_path/'reid')
+
+def test_another_choice_does_not_go_on(every, data, model):
+    for cfg, says in ((replace(EVERY, features=('bev',)), r"dataset\.features: \['bev', 'rgb', 'rgb_lidar', 'lidar'\] there, \['bev'\] now"), (replace(EVERY, crop=replace(EVERY.crop, mask=True)), r'crop\.mask: False there, True now'),
+                      (replace(EVERY, crop=replace(EVERY.crop, heading_up=False)), r'heading_up: True there, False now'), (replace(EVERY, raster=D.RasterConfig(cell=.5)), r'raster\.cell: 0\.0 there, 0\.5 now')):
+        with pytest.raises(ValueError, match=says): build_dataset(model, data, every, cfg=cfg)
+    assert build_dataset(model, data, every, cfg=replace(EVERY, features=D.FEATURES[::-1])) == every      # the same in another order
+
+def test_turned_and_masked(every, data, model, tmp_path):
+    "Each kind of window is one of the features alike"
+    up, got = ReIDDataset(every), {}
+    for name, kw in dict(turned=dict(heading_up=False), masked=dict(mask=True, mask_margin=1.)).items():
+        ds = got[name] = ReIDDataset(build_dataset(model, data, tmp_path/name, cfg=replace(EVERY, crop=replace(EVERY.crop, **kw))))
+        assert ds.table['ann_token'].tolist() == up.table['ann_token'].tolist() and np.array_equal(ds.read('patches'), up.read('patches'))
+    a, m, t = (d.read('crops').astype(float) for d in (up, got['masked'], got['turned']))
+    corner = np.s_[:, :, :2, :2]                                                               # 6 m ahead and to the left: beyond a vehicle
+    assert not m[corner].any() and a[corner].any() and (np.abs(m) <= np.abs(a)+1e-6).all() and not got['masked'].read('rgb')[corner].any()
+    for k, yaw in enumerate(up.table['yaw']): assert (np.abs(t[k]-a[k]).max() < .01) == (abs(yaw) < 1e-3)
+
+def test_data_sets_written_before_there_was_a_choice(whole, data, model, tmp_path):
+    old = tmp_path/'old'; shutil.copytree(whole, old)
+    made = json.loads((old/'config.json').read_text()); del made['channels']
+    for k in ('features', 'raster'): del made['dataset'][k]
+    for k in ('mask', 'mask_margin'): del made['dataset']['crop'][k]
+    (old/'config.json').write_text(json.dumps(made))
+    ds = ReIDDataset(old, features='bev')
+    assert ds.names == [f'bev.{i}' for i in range(6)] and np.array_equal(ds.read('crops'), ReIDDataset(whole).read('crops'))
+    check_crops(ReIDDataset(whole), made, name='a checkpoint'); check_crops(ds, ReIDDataset(whole).config, name='a checkpoint')
+    shutil.rmtree(next((old/'scenes').iterdir())); (old/'dataset.json').unlink()
+    same(whole, build_dataset(model, data, old, cfg=CFG))                                      # an unfinished one goes on
+    with pytest.raises(ValueError, match='dataset.features'): build_dataset(model, data, old, cfg=EVERY)
+
+def test_crops_of_another_kind_are_refused(every, whole):
+    ds, made = ReIDDataset(every, features='lidar'), ReIDDataset(every).config
+    def but(**kw): return {**made, 'dataset': {**made['dataset'], **kw}}
+    check_crops(ds, made, name='net')
+    with pytest.raises(ValueError, match='net was trained on rasters'): check_crops(ds, but(raster={**made['dataset']['raster'], 'cell': .5}), name='net')
+    check_crops(ReIDDataset(every, features='rgb'), but(raster={**made['dataset']['raster'], 'cell': .5}), name='net')
+    with pytest.raises(ValueError, match='net was trained on crops'): check_crops(ds, but(crop={**made['dataset']['crop'], 'mask': True}), name='net')
+
+def test_features_that_cannot_be_had(data, model, toy_root, tmp_path):
+    blind = DrivingData(toy_root); blind.lidar_channel = None                                  # a rig without one
+    with pytest.raises(ValueError, match='need a LiDAR, and .* has none: bev and rgb do without'): build_dataset(model, blind, tmp_path/'reid', cfg=EVERY)
+    with pytest.raises(ValueError, match="there is no 'lidra'"): DatasetConfig(features=('bev', 'lidra'))
+    with pytest.raises(ValueError, match='no feature is given'): DatasetConfig(features=())
+    with pytest.raises(ValueError, match='does not divide'): build_dataset(model, data, tmp_path/'reid', cfg=replace(EVERY, raster=D.RasterConfig(cell=.7)))
+    assert not (tmp_path/'reid').exists()
+
+def test_a_missing_sweep(data, model, toy_root, tmp_path):
+    "Matters to the features that need it alone"
+    root = tmp_path/'world'; shutil.copytree(toy_root, root)
+    broken = DrivingData(root)
+    Path(broken.frame(broken.sample_tokens()[0]).lidar_path).unlink()
+    with pytest.raises(FileNotFoundError, match='LIDAR_TOP'): build_dataset(model, broken, tmp_path/'reid', cfg=replace(CFG, features=('lidar',)))
+    out = build_dataset(model, broken, tmp_path/'reid', cfg=replace(CFG, features=('lidar',), skip_missing=True))
+    assert json.loads((out/'dataset.json').read_text())['n_skipped'] == 1
+    assert json.loads((build_dataset(model, broken, tmp_path/'bev', cfg=replace(CFG, skip_missing=True))/'dataset.json').read_text())['n_skipped'] == 0

@@ -110,3 +110,20 @@ assert junk_mask(obs, obs).shape == (9, 9) and position_features(np.random.rand(
 evaluate_ranking(distances(x, x), ids, ids, junk=np.eye(9, dtype=bool))
 all_observations(x, obs).to_dict()
 ''', 'evaluate')
+
+
+def test_losses():
+    checked('''
+from bev_reid.losses import LOSSES, batch_monitors, first_turn, magnet_loss, metric_loss, triplet_loss
+emb, y = torch.nn.functional.normalize(torch.rand(6, 8)), torch.tensor([0, 0, 1, 1, 2, 2])
+for name in LOSSES: assert metric_loss(name, 3, 8)(emb, y)['loss'].shape == ()
+assert triplet_loss(emb, y).shape == (6,) and magnet_loss(emb, y).shape == (6,) and len(first_turn(1., steps=2)) == 2
+batch_monitors(emb, y)
+''', 'losses')
+
+
+def test_augment():
+    checked('''
+from bev_reid.augment import CropAug, augment_crops
+for n in (0, 1, 5): assert augment_crops(torch.rand(n, 3, 8, 8), CropAug(flip=.5, shift=1., turn=9., erase=.5, noise=.1), extent=8., generator=torch.Generator()).shape == (n, 3, 8, 8)
+''', 'augment')
