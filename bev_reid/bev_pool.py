@@ -76,15 +76,15 @@ def _sort_torch(cells, sizes, n_cells):
     indptr = F.pad(torch.bincount(at, minlength=n_cells)[interval_cells].cumsum(0), (1, 0))
     return depth_idx.int(), feat_idx.int(), indptr.int(), interval_cells.int()
 
-# %% ../nbs/02_bev_pool.ipynb #179e1cc6
-def _sort_arrays(like, points, n_cells):
+# %% ../nbs/02_bev_pool.ipynb #85cf861a
+def _sort_arrays(points, n_cells):
     "Room for depth_idx, feat_idx, indptr and interval_cells, and what cuts them to size"
     m = min(points, n_cells)
     room = [torch.empty(k, dtype=torch.int32) for k in (points, points, m+1, m)]
     return [t.numpy() for t in room], lambda k, m: (room[0][:k], room[1][:k], room[2][:m+1], room[3][:m])
 
 def _sort_cpp(cells, sizes, n_cells):
-    room, cut = _sort_arrays(cells, len(cells), n_cells)
+    room, cut = _sort_arrays(len(cells), n_cells)
     return cut(*_C.sort_points(cells.numpy(), sizes, n_cells, torch.get_num_threads(), *room))
 
 # %% ../nbs/02_bev_pool.ipynb #97369f4e
@@ -118,7 +118,7 @@ def plan_from_cells(
     sort = _sort_cpp if _use_C(cells.device, backend) else _sort_torch
     return BEVPoolPlan(*sort(flat, sizes, len(cells)*per), flat, sizes, tuple(nx))
 
-# %% ../nbs/02_bev_pool.ipynb #53676bfa
+# %% ../nbs/02_bev_pool.ipynb #8586a88d
 def make_plan(
     geom:Float[Tensor, "b n d h w 3"], # Points of the lifted volume in the ego frame, metres (`frustum_geometry`)
     grid:BEVGrid,
@@ -134,7 +134,7 @@ def make_plan(
     sizes, n_cells = tuple(geom.shape[:5]), len(geom)*grid.nx[0]*grid.nx[1]*grid.nx[2]
     if _use_C(geom.device, backend):
         cells = torch.empty(geom.numel()//3, dtype=torch.int32)
-        room, cut = _sort_arrays(cells, len(cells), n_cells)
+        room, cut = _sort_arrays(len(cells), n_cells)
         *found, bad = _kernel('make_plan', geom)(_np(geom), sizes, grid.lo, grid.dx, grid.nx, index_mode == 'trunc', torch.get_num_threads(), cells.numpy(), *room)
     else: cells, bad = _cells_torch(geom, grid, index_mode)
     if bad >= 0:

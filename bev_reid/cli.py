@@ -245,7 +245,7 @@ def _show_joint(run, dataset, joint, out, kw):
     print(format_table(rows))
     return rows
 
-# %% ../nbs/11_cli.ipynb #b1417e44
+# %% ../nbs/11_cli.ipynb #0c4466c4
 @verb
 def bev_reid_eval(
     run:str, # Run or checkpoint of the metric network
@@ -274,7 +274,6 @@ def bev_reid_eval(
         def numbers(c): return {k: v for k, v in evaluate_reid(c, dataset, baselines=False, **kw)['rows'][0].items() if isinstance(v, (int, float))}
         return watch_run(run, numbers, settings=dict(kw, dataset=dataset), on_result=lambda step, r: print(f"step {step}: rank-1 {100*r['rank1']:.1f} %, mAP {100*r['mAP']:.1f} %", flush=True))
     if joint: return _show_joint(run, dataset, Path(joint), out, kw)
-    if protocol not in ('all', 'paired'): raise ValueError(f"--protocol must be all or paired, got {protocol}")
     res = evaluate_reid(run, dataset, rerank=rerank, strata=strata, protocol=protocol, imagenet=imagenet, **kw)
     if out: write_json(out, {k: v for k, v in res.items() if k != 'embeddings'})
     print(format_table(res['rows']), '\n\nsingle-shot galleries:\n', format_table(res['single_shot'], columns=('method', 'rank1', 'rank1_std', 'rank5', 'mAP', 'n_ids', 'n_galleries')), '\n', json.dumps(plain(res['settings'])), sep='')

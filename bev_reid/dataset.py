@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FEATURES', 'DatasetConfig', 'channel_table', 'Keyframes', 'collate_keyframes', 'observe', 'split_identities',
            'identities', 'identity_sides', 'check_lengths', 'fingerprint', 'build_dataset', 'ReIDDataset',
-           'check_crops', 'held_out_split', 'check_disjoint', 'pk_order']
+           'trained_features', 'check_crops', 'held_out_split', 'check_disjoint', 'pk_order']
 
-# %% ../nbs/08_dataset.ipynb #3739f554
-import hashlib, json, os, shutil
+# %% ../nbs/08_dataset.ipynb #d48ff5c4
+import copy, hashlib, json, os, shutil
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -349,7 +349,7 @@ def _merge(out, scenes, data, cfg):
     write_json(out/'dataset.json', summary)
     for p in (out/'scenes').glob('*.part'): shutil.rmtree(p, ignore_errors=True)   # of builds that were killed
 
-# %% ../nbs/08_dataset.ipynb #98e07a53
+# %% ../nbs/08_dataset.ipynb #ee247c80
 class ReIDDataset(Dataset):
     "Observations and their crops; an item is a dict with `crop` (float32) and `instance_id`"
     def __init__(self,
@@ -366,7 +366,8 @@ class ReIDDataset(Dataset):
         if not (self.path/'dataset.json').exists(): raise FileNotFoundError(f"{self.path} holds no finished ReID data set (no dataset.json): run bev_reid_dataset again, it goes on where it stopped")
         self.config = json.loads((self.path/'config.json').read_text())
         made = from_plain(DatasetConfig, self.config['dataset'])   # one written before there was a choice holds BEV features
-        self._choose(features, made.features, [c['name'] for c in self.config.get('channels') or channel_table(made, self.config['lss']['bev_channels'])])
+        self._stored = made.features, [c['name'] for c in self.config.get('channels') or channel_table(made, self.config['lss']['bev_channels'])]
+        self._choose(features, *self._stored)
         t = pq.read_table(self.path/'observations.parquet')
         table = {k: v.astype(str) if (v := t[k].to_numpy()).dtype == object else v for k in t.column_names}
         known = sorted(set(table['split']))
@@ -376,6 +377,14 @@ class ReIDDataset(Dataset):
         if classes != 'all': ok &= np.isin(table['category'], list(classes))
         if not ok.any(): raise ValueError(f"split {split or 'all'!r} of {self.path} is empty after filtering (min_visibility={min_visibility}, min_coverage={min_coverage}, classes={classes})")
         self.table, self._maps = {k: v[ok] for k, v in table.items()}, {}
+
+    def choosing(self,
+        features, # As above
+    ): # The same observations, read with other features
+        "A view of other channels"
+        out = copy.copy(self)
+        out._choose(features, *out._stored)
+        return out
 
     def _choose(self, asked, groups, names):
         "Which channels of the stored crops are read"
@@ -409,6 +418,13 @@ class ReIDDataset(Dataset):
     def channels(self): return len(self.names)
     @property
     def times(self): return self.table['timestamp']*1e-6
+
+# %% ../nbs/08_dataset.ipynb #8419c2eb
+def trained_features(
+    config:dict, # Of a checkpoint of the metric network
+): # Features or channels for `ReIDDataset`; None where the checkpoint does not say: all
+    "What a metric network reads of the crops"
+    return config.get('recipe', {}).get('features') or config.get('dataset', {}).get('dataset', {}).get('features')
 
 # %% ../nbs/08_dataset.ipynb #e0463dba
 def check_crops(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Picture', 'Explorer', 'Features', 'RetrievalExplorer', 'SceneExplorer']
 
-# %% ../nbs/10e_explore.ipynb #5cd8d1c9
+# %% ../nbs/10e_explore.ipynb #0713d9ad
 import io
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from .data import DrivingData, SampleDataset, collate_samples, img_aug_matrix, shrink_img
-from .dataset import ReIDDataset, identities
+from .dataset import ReIDDataset, identities, trained_features
 from .evaluate import BASELINE_METRICS, colour_features, distances, junk_mask, raw_crop_features, thumbnail_features
 from .geometry import BEVGrid
 from .lss import load_lss, rgb_bev, run_lss
@@ -69,7 +69,7 @@ class Explorer:
         from IPython.display import display   # comes with ipywidgets
         display(self.widget)
 
-# %% ../nbs/10e_explore.ipynb #c0cbb58a
+# %% ../nbs/10e_explore.ipynb #8da1c3d4
 _BASE = {'colour histogram of the patch': (lambda ds: colour_features(ds.read('patches')), 'colour'),
          'thumbnail of the patch': (lambda ds: thumbnail_features(ds.read('patches')), 'thumbnail'),
          'BEV crop, no metric learning': (lambda ds: raw_crop_features(ds.read('crops')), 'raw_crop')}
@@ -88,11 +88,16 @@ class Features:
     @property
     def names(self): return [*self.runs, *_BASE]
 
+    def _embed(self, run):
+        "Each network reads the features that it was trained on"
+        ck = load_metric(run, device=self.device)
+        return embed(ck.net, self.ds.choosing(trained_features(ck.config)).read('crops')).numpy()
+
     def __getitem__(self,
         name:str, # Of a run, or of a baseline
     )->tuple: # Features (i e), metric
         if name not in self._kept:
-            if name in self.runs: self._kept[name] = embed(load_metric(self.runs[name], device=self.device).net, self.ds.read('crops')).numpy(), 'cosine'
+            if name in self.runs: self._kept[name] = self._embed(self.runs[name]), 'cosine'
             elif name in _BASE: self._kept[name] = _BASE[name][0](self.ds), BASELINE_METRICS[_BASE[name][1]]
             else: raise ValueError(f"no method {name!r}: choose one of {', '.join(self.names)}")
         return self._kept[name]

@@ -8,7 +8,7 @@ __all__ = ['log', 'MARKET_NAME', 'STOCK_IDS', 'STOCK_CAMS', 'EMBEDDING_COLUMNS',
            'read_safetensors', 'load_model', 'scatter_pool', 'pixel2ego', 'lss_program', 'rig_of', 'metric_program',
            'run_onnx', 'export_model', 'embed']
 
-# %% ../nbs/12_export.ipynb #e5683b3e
+# %% ../nbs/12_export.ipynb #82be3e32
 import copy, csv, json, logging, math, os, re, shutil, tempfile, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from .bev_pool import BEVPoolPlan
 from .crops import CropConfig, crop_points
 from .data import DrivingData, SampleDataset, collate_samples
-from .dataset import ReIDDataset, check_crops, check_disjoint, held_out_split
+from .dataset import ReIDDataset, check_crops, check_disjoint, held_out_split, trained_features
 from .fit import from_plain, load_checkpoint, plain, save_atomic, write_atomic, write_json
 from .geometry import BEVGrid, make_pose, metres2cells, rot_z
 from .lss import Enlarge, LiftSplat, fast_lss, load_lss
@@ -201,11 +201,7 @@ def read_embeddings(
     emb = t['embedding'].combine_chunks()
     return emb.flatten().to_numpy().reshape(len(t), -1), cols, json.loads((t.schema.metadata or {}).get(b'bev_reid', b'{}'))
 
-# %% ../nbs/12_export.ipynb #9e7e5b5f
-def _features(config):
-    "Which features of the crops a metric network was trained on; None: unknown, all"
-    return config.get('recipe', {}).get('features') or config.get('dataset', {}).get('dataset', {}).get('features')
-
+# %% ../nbs/12_export.ipynb #cf82ebef
 def export_embeddings(
     model, # What `load_model` takes, or a network
     dataset, # Folder of a ReID data set
@@ -220,7 +216,7 @@ def export_embeddings(
     net = model if isinstance(model, nn.Module) else load_model(model, device=device)
     if not isinstance(net, CosineMetricNet): raise ValueError(f"{model} is no metric network: embeddings come from a run of bev_reid_train")
     config = getattr(net, 'config', {}); made = config.get('dataset', {})
-    ds = ReIDDataset(dataset, split=split, min_visibility=min_visibility, features=_features(config))
+    ds = ReIDDataset(dataset, split=split, min_visibility=min_visibility, features=trained_features(config))
     if 'weights' in made: check_crops(ds, made, name=str(model))
     emb = torch.cat([embed(net, ds.read('crops', range(i, min(i+n, len(ds))))) for i in range(0, len(ds), n)])
     meta = dict(model=model if not isinstance(model, nn.Module) else '', dataset=dataset, split=split, min_visibility=min_visibility, metric=net.cfg)
@@ -435,7 +431,7 @@ def run_onnx(
     if len(names) != len(inputs): raise ValueError(f"this network takes {', '.join(names)}, got {len(inputs)} inputs")
     return dict(zip([o.name for o in s.get_outputs()], s.run(None, {k: np.ascontiguousarray(v, np.float32) for k, v in zip(names, inputs)})))
 
-# %% ../nbs/12_export.ipynb #48468a60
+# %% ../nbs/12_export.ipynb #6f6734f1
 def _write_onnx(program, kind, meta, path):
     "ONNX file at `path`, compared with PyTorch"
     _need('onnxscript'), _need('onnxruntime')
@@ -476,5 +472,5 @@ def _map_of(config, source):
     "Grid and crop that a metric network was trained on"
     made = config.get('dataset', {})
     if not {'lss', 'dataset'} <= made.keys(): raise ValueError(f"{source} does not say from which map its crops were cut: train it with train_metric (bev_reid_train), or use metric_program with grid and crop")
-    if (f := list(_features(config) or ['bev'])) != ['bev']: raise ValueError(f"{source} reads {', '.join(f)}, and a graph on the map has only bev: export it on crops")
+    if (f := list(trained_features(config) or ['bev'])) != ['bev']: raise ValueError(f"{source} reads {', '.join(f)}, and a graph on the map has only bev: export it on crops")
     return dict(grid=from_plain(BEVGrid, made['lss']['grid']), crop=from_plain(CropConfig, made['dataset']['crop']))

@@ -6,7 +6,7 @@
 __all__ = ['LSSRecipe', 'jitter', 'LSSWithCompany', 'train_lss', 'MetricRecipe', 'CropBatches', 'training_sets', 'metric_model',
            'train_metric', 'baseline_features', 'evaluate_reid', 'watch']
 
-# %% ../nbs/10b_train.ipynb #4f168011
+# %% ../nbs/10b_train.ipynb #caf3f1fd
 import json, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from .augment import CropAug, augment_crops
 from .baselines import constant_velocity, imagenet_features, refined
 from .crops import CropConfig, crop_bev
 from .data import BEVAug, DrivingData, ImgAug, SampleDataset, collate_samples
-from .dataset import DatasetConfig, ReIDDataset, check_crops, check_disjoint, held_out_split, identities, identity_sides, pk_order, split_identities
+from .dataset import DatasetConfig, ReIDDataset, check_crops, check_disjoint, held_out_split, identities, identity_sides, pk_order, split_identities, trained_features
 from .evaluate import (BASELINE_METRICS, box_size_features, colour_features, evaluate_all, position_features, raw_crop_features, thumbnail_features)
 from .fit import Batches, FitConfig, from_plain, checkpoints, fit, gathered, plain, shuffled, write_json
 from .lss import LiftSplat, LSSConfig, eval_lss, full_precision, lss_loss, run_lss
@@ -294,7 +294,7 @@ def baseline_features(
             'box size, 5 % noise (leak)': (box_size_features(wlh, noise=.05), m['box_size']),
             'box size as annotated (leak)': (box_size_features(wlh), m['box_size'])}
 
-# %% ../nbs/10b_train.ipynb #471c6aa5
+# %% ../nbs/10b_train.ipynb #41aff9c2
 def evaluate_reid(
     checkpoint, # Metric checkpoint, or folder of a run
     dataset, # Folder of a ReID data set
@@ -314,7 +314,8 @@ def evaluate_reid(
     split = held_out_split(dataset) if split == 'auto' else split
     ck = load_metric(checkpoint, device=device); config = ck.config
     if 'dataset' not in config: raise ValueError(f"{checkpoint} does not say which data set it was trained on: train it with train_metric (bev_reid_train)")
-    features = config.get('recipe', {}).get('features') or config['dataset']['dataset'].get('features', ['bev'])
+    if protocol not in ('all', 'paired'): raise ValueError(f"protocol must be 'all' or 'paired', got {protocol!r}")
+    features = trained_features(config)
     ds = ReIDDataset(dataset, split=split, min_visibility=min_visibility, features=features)
     check_crops(ds, config['dataset'], name=checkpoint)
     def methods_of(d):
