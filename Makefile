@@ -1,4 +1,4 @@
-# make demo · make test · make docs · make bench: each sets up everything it needs in .venv first
+# make demo · make test · make docs · make bench · make results: each sets up everything it needs in .venv first
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 SRC    := settings.ini setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 OUT    ?= demo
 
-.PHONY: demo test docs bench outputs clean
+.PHONY: demo test docs bench results outputs clean
 demo: $(VENV)/.stamp-demo
 	$(BIN)/bev_reid_demo --out $(OUT)
 
@@ -19,6 +19,12 @@ docs: $(VENV)/.stamp-docs
 
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python nbs/_tools/bench
+
+# About two hours on two cores; interrupted, it goes on
+results: $(VENV)/.stamp-dev
+	$(BIN)/python nbs/_tools/results.py
+	$(BIN)/python nbs/_tools/results_rle.py
+	$(BIN)/python nbs/_tools/results_sequences.py
 
 # Runs every notebook and stores its outputs; name some with NB="06_lss 07_crops", flags with FLAGS="--flags nuscenes"
 outputs: $(VENV)/.stamp-docs

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mirror_crops', 'move_crops', 'erase_crops', 'noise_crops', 'CropAug', 'draw_aug', 'augment_crops']
 
-# %% ../nbs/09c_augment.ipynb #540ab917
+# %% ../nbs/09c_augment.ipynb #6f0e5eb9
 import math
 from dataclasses import dataclass
 
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from jaxtyping import Bool, Float
+
+from .enhance import Enhance, enhance
 
 # %% ../nbs/09c_augment.ipynb #73988767
 def mirror_crops(
@@ -59,7 +61,7 @@ def noise_crops(
     noise = torch.randn(crops.shape, generator=generator, device=generator.device if generator else None).to(crops)
     return crops+amount*crops.std((0, 2, 3), keepdim=True, correction=0)*noise
 
-# %% ../nbs/09c_augment.ipynb #1245f96a
+# %% ../nbs/09c_augment.ipynb #f851f349
 @dataclass(frozen=True)
 class CropAug:
     "How much crops are changed in training; all off by default"
@@ -70,6 +72,7 @@ class CropAug:
     erase_area:tuple = (.02, .2) # Least and largest share of the crop that it takes
     erase_aspect:tuple = (.3, 3.3) # Least and largest height over width
     noise:float = 0. # Standard deviation of the noise, in units of that of each channel
+    enhance:Enhance = Enhance() # Changes of light, for crops that carry colours or LiDAR intensity
 
     def __post_init__(self):
         for k in ('flip', 'erase'):
@@ -80,7 +83,7 @@ class CropAug:
             if len(v := getattr(self, k)) != 2 or not 0 < v[0] <= v[1] <= top: raise ValueError(f"{k} must be (least, largest), positive{' and at most 1' if top == 1 else ''}, got {v}")
 
     @property
-    def active(self)->bool: return any(getattr(self, k) for k in ('flip', 'shift', 'turn', 'erase', 'noise'))
+    def active(self)->bool: return self.enhance.active or any(getattr(self, k) for k in ('flip', 'shift', 'turn', 'erase', 'noise'))
 
 # %% ../nbs/09c_augment.ipynb #4bd6801e
 def draw_aug(
@@ -96,18 +99,20 @@ def draw_aug(
     size = torch.stack([(area*aspect).sqrt(), (area/aspect).sqrt()], 1).clamp(max=1)*(u[:, 4:5] < cfg.erase)
     return dict(which=u[:, 0] < cfg.flip, shift=cfg.shift*(2*u[:, 1:3]-1), turn=cfg.turn*(2*u[:, 3]-1), rects=torch.cat([u[:, 7:9]*(1-size), size], 1))
 
-# %% ../nbs/09c_augment.ipynb #ccdff778
+# %% ../nbs/09c_augment.ipynb #419a4f6e
 def augment_crops(
     crops:Float[Tensor, "i c h w"], # Heading-up crops; not changed in place
     cfg:CropAug,
     *,
     extent:float, # Side of the window, metres
+    names=None, # Names of the channels, such as `rgb.red`: `enhance` goes by them
     generator:torch.Generator|None=None,
 )->Float[Tensor, "i c h w"]: # The very same tensor where nothing is switched on
-    "Mirror, move, erase and add noise, in this order"
+    "Mirror, move, enhance, erase and add noise, in this order"
     if not cfg.active or not len(crops): return crops
     d = draw_aug(len(crops), cfg, generator=generator)
     if cfg.flip: crops = mirror_crops(crops, d['which'])
     if cfg.shift or cfg.turn: crops = move_crops(crops, d['shift'].to(crops.device), d['turn'].to(crops.device), extent=extent)
+    if cfg.enhance.active: crops = enhance(crops, cfg.enhance, names=names or ['unnamed']*crops.shape[1], generator=generator)
     if cfg.erase: crops = erase_crops(crops, d['rects'])
     return noise_crops(crops, cfg.noise, generator=generator) if cfg.noise else crops

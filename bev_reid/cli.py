@@ -111,7 +111,7 @@ def bev_reid_toy(
     root = make_toy(out, n_scenes=n_scenes, n_samples=n_samples, seed=seed, conditions=tuple(conditions), img_size=(height, width), sweeps=sweeps, workers=workers or None, progress=True)
     print(f'{root}: {DrivingData(root)}')
 
-# %% ../nbs/11_cli.ipynb #b881765e
+# %% ../nbs/11_cli.ipynb #d4219b0c
 @verb
 def bev_reid_train_lss(
     dataroot:str, # Data set in nuScenes format
@@ -128,13 +128,14 @@ def bev_reid_train_lss(
     workers:int=0, # Loader processes
     device:str='auto', # auto, cpu or cuda
     skip_missing:bool=False, # Go on without samples whose files are missing or damaged
+    augment:str='', # Changes of light of each camera image: grey, jitter, mrle, rrle, rle, erasing, or some joined by +
 ):
     "Train the camera-to-BEV network"
     from bev_reid.data import DrivingData
     from bev_reid.dataset import DatasetConfig
     from bev_reid.train import LSSRecipe, train_lss
     device, data = _device(device), DrivingData(dataroot, version or None, cams=list(cams) or None)
-    r = set_fields(LSSRecipe.recipe(recipe, max_steps=steps or None), set)
+    r = set_fields(LSSRecipe.recipe(recipe, max_steps=steps or None), [*([f'enhance.kind={augment}'] if augment else []), *set])
     out = train_lss(data, run, recipe=r, split=split, sides=DatasetConfig(classes=r.classes, split_by=split_by, held_out=held_out), sweeps=sweeps, n_workers=workers, device=device, skip_missing=skip_missing, progress=True)
     print(f"{run}: step {out['step']}, {out['n_skipped']} samples skipped", *(f'{k} {v:.4g}' for k, v in out['metrics'].items()))
 
@@ -163,7 +164,7 @@ def bev_reid_eval_lss(
     print(f"{split}: IoU {100*scores['iou']:.1f} %, depth error {scores['depth_mae']:.2f} m, {scores['n_samples']} samples, {scores['n_skipped']} skipped")
     return scores
 
-# %% ../nbs/11_cli.ipynb #5dab7632
+# %% ../nbs/11_cli.ipynb #0dc94ce4
 @verb
 def bev_reid_dataset(
     run:str, # Run or checkpoint of the camera-to-BEV network
@@ -189,6 +190,7 @@ def bev_reid_dataset(
     amp:str='auto', # Precision of the network: no (float32), bf16, or auto
     patch_from:str='original', # Cut camera patches from the original images, or from the shrunk ones (faster)
     batch:int=0, # Keyframes per batch; 0: 8 on a GPU, else 1
+    set:_set=(),
 ):
     "Crop every vehicle of every keyframe; under torchrun each process takes a share of the scenes"
     from bev_reid.crops import CropConfig
@@ -199,10 +201,23 @@ def bev_reid_dataset(
     model, data = load_lss(run, device=_device(device)), DrivingData(dataroot, version or None, cams=list(cams) or None)
     crop = CropConfig(extent=extent, size=size, clip=clip, heading_up=not ego_up, mask=mask, mask_margin=mask_margin)
     cfg = DatasetConfig(crop=crop, features=tuple(features), raster=RasterConfig(sweeps=sweeps), classes=tuple(classes), min_coverage=min_coverage, split_by=split_by, held_out=held_out, skip_missing=skip_missing, patch_from=patch_from)
+    cfg = set_fields(cfg, set)
     path = build_dataset(model, data, out, cfg=cfg, source=str(run), n_workers=workers, amp=amp, batch_size=batch or None, progress=os.environ.get('LOCAL_RANK', '0') == '0', **_share())
     print(f"{path}: {(path/'dataset.json').read_text() if (path/'dataset.json').exists() else 'this share is done, others are not'}")
 
-# %% ../nbs/11_cli.ipynb #689e5c3c
+# %% ../nbs/11_cli.ipynb #6cbf9dc9
+def _selected(dataset, run, condition, conditions):
+    from bev_reid.conditions import dataset_conditions, select_condition
+    print(dataset_conditions(dataset, override=conditions or None))
+    return select_condition(dataset, Path(run)/'selection', condition, override=conditions or None)
+
+def _train_modalities(dataset, run, modalities, recipe, steps, augment, set, split, device):
+    from bev_reid.cross_modal import CrossModalRecipe, bev_modalities, train_cross_modal
+    r = set_fields(CrossModalRecipe.recipe(recipe, max_steps=steps or None), [*([f'enhance.kind={augment}'] if augment else []), *set])
+    train_cross_modal(bev_modalities(dataset, modalities, split=split), run, recipe=r, device=_device(device), progress=True)
+    print(f"{run}: done; bev_reid_eval {run} {dataset} --protocol cross-modality")
+
+# %% ../nbs/11_cli.ipynb #e059643b
 @verb
 def bev_reid_train(
     dataset:str, # Folder of a ReID data set
@@ -219,21 +234,27 @@ def bev_reid_train(
     set:_set=(),
     workers:int=0, # Loader processes
     device:str='auto', # auto, cpu or cuda
+    augment:str='', # Changes of light: grey, jitter, mrle, rrle, rle, erasing, or some joined by +; needs crops with colours or LiDAR intensity, or --joint
+    train_condition:str='', # Train under some conditions alone, such as night or day+dry; read from the scene descriptions
+    conditions:str='', # JSON file: scene name -> condition, where the descriptions are wrong or missing
+    modalities:_words('Two features, such as bev lidar: train one network to find a vehicle of one among those of the other')=(),
 ):
     "Train the cosine metric network on the crops of a data set"
+    if train_condition: dataset = _selected(dataset, run, train_condition, conditions)
+    if modalities: return _train_modalities(dataset, run, tuple(modalities), recipe, steps, augment, set, split, device)
     from bev_reid.joint import JointRecipe, train_reid
     from bev_reid.train import MetricRecipe
-    short = {'loss': loss, 'features': json.dumps(list(features)) if features else '', 'balanced': 'true' if balanced else '', 'fit.ema': ema, 'fit.patience': patience}
+    short = {'loss': loss, 'features': json.dumps(list(features)) if features else '', 'balanced': 'true' if balanced else '', 'fit.ema': ema, 'fit.patience': patience, 'aug.enhance.kind': augment}
     r = set_fields((JointRecipe if joint else MetricRecipe).recipe(recipe, max_steps=steps or None), [*(f'{k}={v}' for k, v in short.items() if v), *set])
     metric, reid = train_reid(dataset, run, recipe=r, joint=joint, split=split, n_workers=workers, device=_device(device), progress=True)
     print(f"{run}: done; bev_reid_eval {metric} {reid}")
 
-# %% ../nbs/11_cli.ipynb #8e420dbd
+# %% ../nbs/11_cli.ipynb #f5e5b2f4
 MORE = 'stratum', 'part', 'method', 'rank1', 'rank1_ci', 'mAP', 'mAP_ci', 'TAR@0.1', 'TAR@0.01', 'TAR@0.001', 'accuracy', 'accuracy_ci', 'TAR', 'FAR', 'n_same', 'n_different', 'n_pairs', 'n_queries', 'n_ids', 'note'
 
 def _show_more(res):
     from bev_reid.evaluate import format_table
-    for k in ('strata', 'differences', 'verification', 'paired'):
+    for k in ('strata', 'differences', 'verification', 'background', 'paired'):
         if res.get(k): print(f'\n{k}:\n'+format_table(res[k], columns=MORE))
 
 def _show_joint(run, dataset, joint, out, kw):
@@ -245,7 +266,34 @@ def _show_joint(run, dataset, joint, out, kw):
     print(format_table(rows))
     return rows
 
-# %% ../nbs/11_cli.ipynb #0c4466c4
+# %% ../nbs/11_cli.ipynb #fe0e12d3
+def _show_tracklets(run, dataset, out, projection, kw):
+    from bev_reid.evaluate import format_table
+    from bev_reid.fit import plain, write_json
+    from bev_reid.sequence_learning import encode, load_projection
+    from bev_reid.sequences import evaluate_tracklets
+    net = load_projection(projection) if projection else None
+    res = evaluate_tracklets(run, dataset, project=(lambda e: encode(net, e)) if net else None, **kw)
+    if out: write_json(out, res)
+    print(format_table(res['rows'], columns=('method', 'rank1', 'rank1_ci', 'rank5', 'mAP', 'mAP_ci', 'n_queries', 'n_ids', 'n_gallery', 'gap_min')), '\n\ndifferences:\n', format_table(res['differences'], columns=MORE), '\n', json.dumps(plain(res['settings'])), sep='')
+    return res
+
+# %% ../nbs/11_cli.ipynb #02219c4c
+def _show_protocol(run, dataset, protocol, conditions, out, kw):
+    from bev_reid.evaluate import format_table
+    from bev_reid.fit import write_json
+    if protocol == 'cross-modality':
+        from bev_reid.cross_modal import evaluate_cross_modal
+        res = evaluate_cross_modal(run, dataset, **kw)
+        text = res['title']+'\n'+format_table(res['rows'], columns=('direction', 'rank1', 'rank1_ci', 'rank1_chance', 'rank5', 'mAP', 'mAP_ci', 'mAP_chance', 'n_queries', 'n_ids', 'n_gallery'))
+    else:
+        from bev_reid.conditions import evaluate_conditions, format_conditions
+        res = evaluate_conditions(run, dataset, protocol=protocol, override=conditions or None, **kw); text = format_conditions(res)
+    if out: write_json(out, {k: v for k, v in res.items() if k != 'embeddings'})
+    print(text)
+    return res
+
+# %% ../nbs/11_cli.ipynb #3628726c
 @verb
 def bev_reid_eval(
     run:str, # Run or checkpoint of the metric network
@@ -254,14 +302,21 @@ def bev_reid_eval(
     min_gap:float=2., # Nearer in time within a scene does not count, seconds
     scope:str='all', # Gallery: `all` scenes of the split, the own `scene`, or `other` scenes
     min_visibility:int=2, # Observations below this level are left out
-    protocol:str='all', # all, or paired: adds accuracy on balanced pairs of one class, threshold from the training split
+    protocol:str='all', # all; paired: adds accuracy on balanced pairs of one class, threshold from the training split; within-condition; cross-condition; cross-modality; tracklet
     rerank:str='', # k-reciprocal or expand: adds a row
     strata:bool=False, # Adds numbers by time gap, range, visibility, class and cameras, differences and accept rates
+    background:bool=False, # Adds the ranks from crops without their surroundings, and without their vehicle
     imagenet:bool=False, # Adds ImageNet features of the camera patch
+    bare:bool=False, # Leaves the baselines out
     joint:str='', # Folder of a joint run, to be shown beside
     out:str='', # JSON file for the numbers
     watch:bool=False, # Evaluate each new checkpoint of a running training once, until the training ends
     device:str='auto', # auto, cpu or cuda
+    conditions:str='', # JSON file: scene name -> condition, where the descriptions are wrong or missing
+    seq_len:int=5, # Protocol tracklet: sightings per tracklet
+    seq_distance:str='mean_of_pairs', # Protocol tracklet: mean_of_pairs, center, best_offset, chamfer, nearest or mean_descriptor
+    seq_align:str='time', # Protocol tracklet, for mean_of_pairs and center: time, angle or none
+    projection:str='', # Protocol tracklet: run of bev_reid_train_sequences
 ):
     "Rank held-out vehicles and print the baselines beside the result"
     from bev_reid.dataset import held_out_split
@@ -274,7 +329,9 @@ def bev_reid_eval(
         def numbers(c): return {k: v for k, v in evaluate_reid(c, dataset, baselines=False, **kw)['rows'][0].items() if isinstance(v, (int, float))}
         return watch_run(run, numbers, settings=dict(kw, dataset=dataset), on_result=lambda step, r: print(f"step {step}: rank-1 {100*r['rank1']:.1f} %, mAP {100*r['mAP']:.1f} %", flush=True))
     if joint: return _show_joint(run, dataset, Path(joint), out, kw)
-    res = evaluate_reid(run, dataset, rerank=rerank, strata=strata, protocol=protocol, imagenet=imagenet, **kw)
+    if protocol == 'tracklet': return _show_tracklets(run, dataset, out, projection, dict(kw, length=seq_len, distance=seq_distance, align=seq_align))
+    if protocol in ('within-condition', 'cross-condition', 'cross-modality'): return _show_protocol(run, dataset, protocol, conditions, out, kw)
+    res = evaluate_reid(run, dataset, baselines=not bare, rerank=rerank, strata=strata, background=background, protocol=protocol, imagenet=imagenet, **kw)
     if out: write_json(out, {k: v for k, v in res.items() if k != 'embeddings'})
     print(format_table(res['rows']), '\n\nsingle-shot galleries:\n', format_table(res['single_shot'], columns=('method', 'rank1', 'rank1_std', 'rank5', 'mAP', 'n_ids', 'n_galleries')), '\n', json.dumps(plain(res['settings'])), sep='')
     _show_more(res)

@@ -57,7 +57,7 @@ class DatasetConfig:
     @property
     def lidar(self): return bool({'rgb_lidar', 'lidar'} & set(self.features))
 
-# %% ../nbs/08_dataset.ipynb #815c2dc5
+# %% ../nbs/08_dataset.ipynb #bbc6e133
 def channel_table(
     cfg:DatasetConfig,
     bev_channels:int, # Channels of the network's map
@@ -65,9 +65,12 @@ def channel_table(
     "Name every channel of the crops, and its normalisation"
     def of(feature, names, one=1., unit='', zero=0.): return [dict(name=f'{feature}.{n}', zero=zero, one=float(one), unit=unit) for n in names]
     lo, hi = cfg.raster.height
-    colours = {f: of(f, RGB_CHANNELS[:3], 1, 'of white')+of(f, RGB_CHANNELS[3:], 1, 'w/(w+1/2), for weight w per 3 x 3 cells over 3') for f in ('rgb', 'rgb_lidar')}
-    lidar = of('lidar', LIDAR_CHANNELS[:2], hi, 'm', lo)+of('lidar', LIDAR_CHANNELS[2:3], cfg.raster.max_intensity)+of('lidar', LIDAR_CHANNELS[3:], cfg.raster.max_density, 'points, log(1+n)')
-    known = dict(bev=of('bev', range(bev_channels)), **colours, lidar=lidar)
+    layers = [f'_{i}' for i in range(len(cfg.raster.layers)+1)] if cfg.raster.layers else []
+    def colours(f, tag=''): return of(f, [n+tag for n in RGB_CHANNELS[:3]], 1, 'of white')+of(f, [RGB_CHANNELS[3]+tag], 1, 'w/(w+1/2), for weight w per 3 x 3 cells over 3')
+    painted = [c for tag in layers or [''] for c in colours('rgb_lidar', tag)]
+    density = [LIDAR_CHANNELS[3]+tag for tag in ['', *layers]]
+    lidar = of('lidar', LIDAR_CHANNELS[:2], hi, 'm', lo)+of('lidar', LIDAR_CHANNELS[2:3], cfg.raster.max_intensity)+of('lidar', density, cfg.raster.max_density, 'points, log(1+n)')
+    known = dict(bev=of('bev', range(bev_channels)), rgb=colours('rgb'), rgb_lidar=painted, lidar=lidar)
     return [c for f in cfg.features for c in known[f]]
 
 # %% ../nbs/08_dataset.ipynb #ccff1907
@@ -426,7 +429,7 @@ def trained_features(
     "What a metric network reads of the crops"
     return config.get('recipe', {}).get('features') or config.get('dataset', {}).get('dataset', {}).get('features')
 
-# %% ../nbs/08_dataset.ipynb #e0463dba
+# %% ../nbs/08_dataset.ipynb #a6412e34
 def check_crops(
     ds:ReIDDataset, # Opened with the features of the network that is to be measured
     made:dict, # config.json of the data set that the network was trained on
@@ -434,7 +437,7 @@ def check_crops(
     name, # Of the network, for the message
 ):
     "Raise ValueError if a network was trained on another kind of crops than those of a data set"
-    if ds.config['weights'] != made['weights']: raise ValueError(f"{name} was trained on crops of another BEV network ({made['source']}, weights {made['weights']}) than those of {ds.path} ({ds.config['source']}, weights {ds.config['weights']}): build both data sets with the same one")
+    if {'bev', 'rgb'} & {f.split('.')[0] for f in ds.features} and ds.config['weights'] != made['weights']: raise ValueError(f"{name} was trained on crops of another BEV network ({made['source']}, weights {made['weights']}) than those of {ds.path} ({ds.config['source']}, weights {ds.config['weights']}): build both data sets with the same one")
     want, have = (_with_defaults(c)['dataset'] for c in (made, ds.config))
     if have['crop'] != want['crop']: raise ValueError(f"{name} was trained on crops {want['crop']}, but {ds.path} has {have['crop']}")
     if any('lidar' in f for f in ds.features) and have['raster'] != want['raster']: raise ValueError(f"{name} was trained on rasters {want['raster']}, but {ds.path} has {have['raster']}")

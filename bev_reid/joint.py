@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['keyframe_order', 'JointRecipe', 'JointModel', 'source_of', 'train_joint', 'split_run', 'train_reid', 'side_by_side']
 
-# %% ../nbs/10c_joint.ipynb #a0c29a07
+# %% ../nbs/10c_joint.ipynb #df1f30dd
 import json, shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from .data import DrivingData, SampleDataset, collate_samples
 from .dataset import DatasetConfig, Keyframes, ReIDDataset, build_dataset, collate_keyframes, fingerprint, identities, observe
 from .ema import ema_weights
+from .enhance import Enhance
 from .evaluate import Observations
 from .fit import Batches, fit, from_plain, load_checkpoint, save_atomic
 from .lss import load_lss
@@ -59,7 +60,7 @@ class JointRecipe(MetricRecipe):
     trunk:bool = False # Train the image trunk, too, all of it; else it keeps its weights and statistics
     fresh:bool = False # Begin with a new BEV network in place of the trained one
 
-# %% ../nbs/10c_joint.ipynb #c77681b3
+# %% ../nbs/10c_joint.ipynb #56c22527
 class JointModel(LSSWithCompany):
     "BEV network and metric network as one module"
     def __init__(self,
@@ -68,8 +69,8 @@ class JointModel(LSSWithCompany):
         labels:dict, # instance_token -> label of the training vehicles
         crop, # CropConfig of the data set
     ):
-        lss = replace(lss, company_weight=recipe.weight, company_crop=crop, company_visibility=recipe.min_visibility)
-        super().__init__(lss, labels, company=metric_model(recipe, max(labels.values())+1), aug=recipe.aug)
+        lss = replace(lss, company_weight=recipe.weight, company_crop=crop, company_visibility=recipe.min_visibility, enhance=recipe.aug.enhance)   # light changes in the images, where it is light
+        super().__init__(lss, labels, company=metric_model(recipe, max(labels.values())+1), aug=replace(recipe.aug, enhance=Enhance()))
         self.joint = recipe
         trunk = self.lss.cam_encode.trunk; parts = [trunk.stem, trunk.bn, *trunk.blocks]
         trunk.frozen = [] if recipe.trunk else parts

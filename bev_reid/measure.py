@@ -68,7 +68,7 @@ def match_ranks(
     order = np.lexsort((_pairs(dist)(a, b), a)); a, b = a[order], b[order]
     return Matches(a, b, r.rank-(np.arange(len(a))-r.start[a])-1, obs.ids, r.n_allowed, tuple(ks), dict(protocol='all', min_gap=min_gap, scope=scope))
 
-# %% ../nbs/10f_measure.ipynb #21a7194b
+# %% ../nbs/10f_measure.ipynb #235c1c0c
 def bin_labels(
     values, # One per observation (i); NaN belongs nowhere
     edges, # Ascending lower edges of the bins; the last bin is open
@@ -85,11 +85,17 @@ def query_strata(
     table:dict, # Columns of the observations, such as `ReIDDataset.table`
     *,
     ranges:tuple=(0, 15, 30, 45), # Edges, metres
+    moved:float=1., # A vehicle moves that is farther apart than this in its track, metres
 )->dict: # Name -> (label of each observation, labels in order); only of columns that are there
     "Strata that an observation belongs to by itself"
     def words(v): v = np.asarray(v).astype(str); return v, sorted(set(v))
     out = {}
     if 'range' in table: out['range'] = bin_labels(table['range'], ranges, unit=' m')
+    if {'instance_token', 'global_x', 'global_y'} <= set(table):
+        _, at = np.unique(table['instance_token'], return_inverse=True)
+        def spread(v): hi, lo = np.full(at.max(initial=-1)+1, -np.inf), np.full(at.max(initial=-1)+1, np.inf); np.maximum.at(hi, at, v); np.minimum.at(lo, at, v); return hi-lo
+        far = np.hypot(spread(table['global_x']), spread(table['global_y']))[at]
+        out['motion'] = np.where(far < moved, still := f'stays within {moved:g} m', moves := 'moves'), [still, moves]
     if 'visibility' in table: out['visibility'] = words(table['visibility'])
     if 'category' in table: out['class'] = words(table['category'])
     if 'n_cams' in table: out['cameras that see it'] = words(np.asarray(table['n_cams'], dtype=int))

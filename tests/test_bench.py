@@ -21,6 +21,8 @@ BOUNDS = dict(
     build=[('decode', 'whole', 1.2)],
     ranking=[('CMC', 'argsort', 2)],
     start=[('tables', 'devkit', .8)],
+    rle=[('RRLE on 64', 'published', 1.5), ('MRLE on 64', 'published', 1.2)],
+    sequences=[('mean of pairs', 'published', 40), ('chamfer', 'cdist', 3)],
     toy=[])
 
 @pytest.fixture(scope='module', params=BOUNDS)
