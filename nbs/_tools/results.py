@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """`make results`: train and measure every variant on one toy world, and write the tables that the page of results shows
 
-    python nbs/_tools/results.py               everything: about an hour and a half on two cores; interrupted and called again it goes on
+    python nbs/_tools/results.py               everything: about two hours on two cores; interrupted and called again it goes on
     python nbs/_tools/results.py --only losses best      the rows of some tables, and what they need
     python nbs/_tools/results.py --list        the commands, without running them
     python nbs/_tools/results.py --quick       the same road with a tiny world and a few steps: no number of it means anything
@@ -34,7 +34,7 @@ AUG = 'aug.shift=0.2', 'aug.turn=3'
 BEST = dict(steps=800, train=('--loss', 'cosine-softmax'), sets=('p=24', *AUG))
 LAYERS = 'raster.layers=[0.35,0.85,1.35]' # below the sills, up to the bonnet, windows, roofs: chosen on the validation scenes
 TABLES = dict(losses='Losses', joint='Frozen or joint', features='What a crop carries', map='The BEV network', crop='The window', best='The best of these, trained longer',
-              lyft='One real scene')
+              lyft='One real scene', conditions='By day, at night, in rain', modal='Camera against LiDAR', choice='The window, on the validation scenes')
 SPLITS = 0, 1, 2, 3, 4 # of the identities of the real scene into two halves
 
 @dataclass
@@ -74,7 +74,7 @@ class Plan:
     def data(self, name, lss, features, extent, size, *more):
         return self.add(f'data/{name}', [['bev_reid_dataset', f'{self.at}/{lss}', f'{self.at}/world', f'{self.at}/data/{name}', '--extent', extent, '--size', size, '--clip', '--features', *features, *more]], lss)
 
-    def real(self, name, lss, features, *train, steps=300):
+    def real(self, name, lss, features, *train, steps=150):
         "A row of the real scene: one data set, training and measurement for each split of its vehicles; `steps` 0 measures a network as it is"
         row, every = Row('lyft', name), ['bev', 'rgb_lidar', 'lidar']
         for s in SPLITS[:len(self.seeds)] if self.quick else SPLITS:
@@ -86,21 +86,27 @@ class Plan:
             row.jobs.append(self.add(f'lyft/{name}/{s}', [*fit, ['bev_reid_eval', given if not steps else run, at, '--imagenet', '--out', f'{run}.json']], reid, *[f'best/best/{self.seeds[0]}' for t in train if 'best' in str(t)]))
         self.rows.append(row)
 
-    def row(self, table, name, data, *train, steps=300, sets=(), measure=('--bare',), first=None):
+    def row(self, table, name, data, *train, steps=300, sets=(), measure=('--bare',), first=None, seeds=None, amp=('fit.amp=auto',)):
         "Train and measure with every seed"
         row = Row(table, name)
-        for s in self.seeds:
+        for s in seeds or self.seeds:
             run = f"{self.at}/runs/{word(f'{table} {name}')}_s{s}"
             joint = '--joint' in train
             reid, out = f'{run}/reid' if joint else f'{self.at}/{data}', f'{run}.json'
             row.jobs.append(self.add(f'{table}/{name}/{s}', [
-                ['bev_reid_train', f'{self.at}/{data}', run, '--recipe', 'toy', '--steps', self.steps(steps), *train, '--set', f'fit.seed={s}', 'fit.amp=auto', *sets],
+                ['bev_reid_train', f'{self.at}/{data}', run, '--recipe', 'toy', '--steps', self.steps(steps), *train, '--set', f'fit.seed={s}', *amp, *sets],
                 ['bev_reid_eval', f'{run}/metric' if joint else run, reid, *(first if first and s == self.seeds[0] else measure), '--out', out]], data))
         self.rows.append(row)
 
     def same(self, table, name, other, row):
         "A row that another table has, too"
         self.rows.append(Row(table, name, next(r.jobs for r in self.rows if (r.table, r.name) == (other, row))))
+
+    def again(self, table, other):
+        "The rows of another table, measured on the validation scenes"
+        for r in [r for r in self.rows if r.table == other]:
+            evals = [self.jobs[j].commands[-1] for j in r.jobs]
+            self.rows.append(Row(table, r.name, [self.add(f'{table}/{r.name}/{k}', [[*c[:3], '--split', 'val', '--bare', '--out', c[-1].replace('.json', '_val.json')]], j) for k, (c, j) in enumerate(zip(evals, r.jobs))]))
 
     def tables(self):
         "What the page shows"
@@ -120,11 +126,13 @@ class Plan:
             key = word(name)
             self.row('crop', name, self.data(key, 'lss/64', seen, extent, size, *more, '--set', LAYERS))
         wide = self.data('wide', 'lss/64', seen, *WIDE, '--set', LAYERS)
-        self.row('crop', '24 m, 0.5 m cells, layers', wide)
+        parts = '--bare', '--strata', '--background'
+        self.row('crop', '24 m, 0.5 m cells, layers', wide, measure=parts)
         self.row('best', 'best', wide, *BEST['train'], steps=BEST['steps'], sets=BEST['sets'], measure=('--bare', '--rerank', 'k-reciprocal'),
                  first=('--strata', '--background', '--protocol', 'paired', '--rerank', 'k-reciprocal', '--imagenet'))
+        self.row('crop', '24 m, half of the crops without surroundings', wide, sets=('aug.alone=0.5',), measure=parts)
         best = f'{self.at}/runs/best_best_s{self.seeds[0]}'
-        lyft = ['--recipe', 'toy', '--steps', self.steps(300), '--set', 'company_weight=0', 'lss.img_size=[160,256]', 'img_aug.flip=true']
+        lyft = ['--recipe', 'toy', '--steps', self.steps(200), '--set', 'company_weight=0', 'lss.img_size=[160,256]', 'img_aug.flip=true']
         for name, more, need in ('imagenet', [], []), ('nothing', ['lss.pretrained=false', 'lss.frozen_blocks=0'], []), ('toy', [f'init={self.at}/lss/64'], ['lss/64']):
             self.add(f'lss/lyft_{name}', [['bev_reid_train_lss', REAL, f'{self.at}/lss/lyft_{name}', *lyft, *more]], *need)
         self.real('bev, trunk from ImageNet', 'lss/lyft_imagenet', ['bev'])
@@ -133,8 +141,15 @@ class Plan:
         self.real('rgb_lidar + lidar', 'lss/lyft_imagenet', seen)
         self.real('rgb_lidar + lidar, from the toy world', 'lss/lyft_imagenet', seen, f'init={best}')
         self.real('rgb_lidar + lidar, toy world alone', 'lss/lyft_imagenet', seen, best, steps=0)
-        self.row('joint', 'frozen', base, '--features', 'bev', steps=120)
-        self.row('joint', 'joint', base, '--features', 'bev', '--joint', steps=120, sets=('n_frames=2',))
+        five = range(2 if self.quick else 5)
+        day = '--train-condition', 'day+dry'
+        for name, more in {'every condition': (), 'by day': day, 'by day, grey + erasing': (*day, '--augment', 'grey+erasing'), 'by day, colour jitter': (*day, '--augment', 'jitter'), 'by day, RLE': (*day, '--augment', 'rle')}.items():
+            self.row('conditions', name, base, *more, '--features', *seen, measure=('--protocol', 'within-condition'), seeds=five)
+        self.row('modal', 'colours at the predicted depth, LiDAR', base, '--modalities', 'rgb', 'lidar', measure=('--protocol', 'cross-modality'), amp=())
+        self.again('choice', 'crop')
+        alone = self.data('bev', 'lss/64', ['bev'], 10, 20) # a joint training wants crops of the map and nothing else
+        self.row('joint', 'frozen', alone, '--features', 'bev', steps=80)
+        self.row('joint', 'joint', alone, '--features', 'bev', '--joint', steps=80, sets=('n_frames=2',))
 
 
 def text(command): return shlex.join(command)
@@ -151,7 +166,7 @@ class Runner:
 
     def wanted(self, tables):
         "Jobs that are left, in an order in which they can run"
-        first = ['best', 'features', 'crop', 'losses', 'lyft', 'joint', 'map'] # what a run that is cut off should have
+        first = ['best', 'features', 'crop', 'losses', 'lyft', 'map', 'joint', 'choice', 'conditions', 'modal'] # what a run that is cut off should have
         todo, order = [j for t in first if t in tables for r in self.plan.rows if r.table == t for j in r.jobs], []
         def visit(n):
             for m in self.plan.jobs[n].needs: visit(m)
@@ -213,6 +228,8 @@ class Runner:
             keep = ('rank1', 'rank5', 'mAP', 'mINP', 'rank1_ci', 'mAP_ci', 'n_queries', 'n_ids', 'n_gallery')
             row = dict(table=r.table, name=r.name, seeds=[{k: o[k] for k in keep if k in o} for o in own], commands=[text(c) for c in self.done[r.jobs[0]]['commands']],
                        cpu=round(sum(self.done[j]['cpu'] for j in r.jobs)/len(r.jobs)))
+            if r.table in ('conditions', 'modal'): row['every_seed'] = [[{k: v for k, v in x.items() if k in ('condition', 'direction', 'method', 'rank1_chance', 'mAP_chance', *keep)} for x in d['rows']] for d in found]
+            if r.table == 'crop' and 'background' in found[0]: row['motion'], row['background'] = [[x for x in d['strata'] if x['stratum'] == 'motion'] for d in found], [d['background'] for d in found]
             if r.table == 'lyft': row['baselines'] = [[{k: v for k, v in x.items() if k in ('method', *keep)} for x in d['rows'][1:]] for d in found]
             if r.table == 'best': row['found'] = found[0]; row['every_seed'] = [[{k: v for k, v in x.items() if k in ('method', *keep)} for x in d['rows']] for d in found]
             rows.append(row)

@@ -1,0 +1,85 @@
+"""The program behind the page of results: its commands are real ones, its rows are those that the page shows, and an interrupted run goes on"""
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(root/'nbs'/'_tools'))
+import results
+
+
+@pytest.fixture(scope='module')
+def plan(): return results.Plan(False)
+
+
+def options(command):
+    "Flags of a command, and what --set changes"
+    flags = [w for w in command if w.startswith('--')]
+    sets = command[command.index('--set')+1:] if '--set' in command else []
+    return flags, [s for s in sets if not s.startswith('--')]
+
+
+def test_commands_are_understood(plan):
+    import inspect
+    from bev_reid import cli
+    from bev_reid.joint import JointRecipe
+    from bev_reid.dataset import DatasetConfig
+    from bev_reid.train import LSSRecipe, MetricRecipe
+    for job in plan.jobs.values():
+        for c in job.commands:
+            known = inspect.signature(getattr(cli, c[0])).parameters
+            flags, sets = options(c)
+            assert not [f for f in flags if f[2:].replace('-', '_') not in known], c
+            cfg = {'bev_reid_train_lss': LSSRecipe, 'bev_reid_train': JointRecipe if '--joint' in c else MetricRecipe}.get(c[0])
+            if sets: cli.set_fields(cfg.recipe('toy') if cfg else DatasetConfig(), sets)
+
+
+def test_runs_do_not_share_folders(plan):
+    writes = [c[2] if c[0] == 'bev_reid_train_lss' or c[0] == 'bev_reid_train' else c[3] for j in plan.jobs.values() for c in j.commands if c[0] in ('bev_reid_train', 'bev_reid_train_lss', 'bev_reid_dataset')]
+    assert len(writes) == len(set(writes))
+    assert len({results.word(n) for n in plan.jobs}) == len(plan.jobs)
+
+
+def test_what_a_job_reads_is_made_before(plan):
+    def reads(c): return {'bev_reid_toy': [], 'bev_reid_train_lss': c[1:2], 'bev_reid_dataset': c[1:3], 'bev_reid_train': c[1:2], 'bev_reid_eval': c[1:3]}[c[0]]+[w[5:] for w in c if w.startswith('init=')]
+    def writes(n): return [w for c in plan.jobs[n].commands for w in c[1:4]]
+    def before(n): return [w for m in plan.jobs[n].needs for w in writes(m)+before(m)]
+    for name, job in plan.jobs.items():
+        own = []
+        for c in job.commands:
+            for w in reads(c):
+                if not w.startswith('$'): assert any(w == have or w.startswith(have+'/') for have in own+before(name) if have.startswith(plan.at)), (name, w)
+            own += c[1:4]
+
+
+def test_stored_rows_come_from_these_commands(plan):
+    made = json.loads((root/'results'/'standard.json').read_text())
+    now = {(r.table, r.name): [shlex.join(c) for c in plan.jobs[r.jobs[0]].commands] for r in plan.rows}
+    assert made['rows'] and not made['quick']
+    for r in made['rows']: assert r['commands'] == now[r['table'], r['name']], r['name']
+    assert {s for r in made['rows'] for s in [len(r['seeds'])]} <= {len(results.SEEDS), len(results.SPLITS)}
+
+
+def test_goes_on_and_writes_whole_rows_only(tmp_path, monkeypatch):
+    "Two jobs of a row with commands that only copy a file: the first run is cut off after one"
+    plan = results.Plan.__new__(results.Plan)
+    plan.quick, plan.jobs, plan.rows, plan.at, plan.seeds = True, {}, [], 'work', (0, 1)
+    row = dict(rows=[dict(method='learned embedding', rank1=.5, mAP=.25)])
+    (tmp_path/'src.json').write_text(json.dumps(row))
+    tool = tmp_path/'bin'; tool.mkdir(); (tool/'copy').write_text('#!/bin/sh\necho x >> ran; cp "$1" "$3"\n'); (tool/'copy').chmod(0o755)
+    monkeypatch.setattr(results, 'ROOT', tmp_path); monkeypatch.setattr(results.sys, 'executable', str(tool/'python'))
+    for s in (0, 1): plan.add(f'losses/a/{s}', [['copy', 'src.json' if s == 0 else 'late.json', '--out', f'{s}.json']])
+    plan.rows = [results.Row('losses', 'a', [f'losses/a/{s}' for s in (0, 1)])]
+    out = tmp_path/'out.json'
+    with pytest.raises(SystemExit, match='losses/a/1 failed'): results.Runner(plan, out, 1).run(['losses'])
+    assert json.loads(out.read_text())['rows'] == []
+    (tmp_path/'late.json').write_text(json.dumps(row))
+    results.Runner(plan, out, 2).run(['losses'])
+    got = json.loads(out.read_text())['rows']
+    assert [len(r['seeds']) for r in got] == [2] and got[0]['seeds'][1]['mAP'] == .25
+    assert (tmp_path/'ran').read_text().count('x') == 3                   # the first one ran once
