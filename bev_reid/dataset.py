@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEATURES', 'DatasetConfig', 'channel_table', 'Keyframes', 'collate_keyframes', 'observe', 'split_identities',
            'identities', 'identity_sides', 'check_lengths', 'fingerprint', 'build_dataset', 'ReIDDataset',
-           'trained_features', 'check_crops', 'held_out_split', 'check_disjoint', 'pk_order']
+           'trained_features', 'trained_ids', 'check_crops', 'held_out_split', 'check_disjoint', 'pk_order']
 
 # %% ../nbs/08_dataset.ipynb #d48ff5c4
 import copy, hashlib, json, os, shutil
@@ -428,6 +428,13 @@ def trained_features(
 ): # Features or channels for `ReIDDataset`; None where the checkpoint does not say: all
     "What a metric network reads of the crops"
     return config.get('recipe', {}).get('features') or config.get('dataset', {}).get('dataset', {}).get('features')
+
+# %% ../nbs/08_dataset.ipynb #b61ce686
+def trained_ids(
+    config:dict, # Of a checkpoint of the metric network
+)->set: # Identities that it has learned from, those of the network that it started from too
+    "Whom a metric network has seen"
+    return {*config['id_map'], *config.get('ids_before', ())}
 
 # %% ../nbs/08_dataset.ipynb #a6412e34
 def check_crops(

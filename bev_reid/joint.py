@@ -127,7 +127,7 @@ def _validate(data, val, cfg, recipe, label_of):
         return validation_numbers(embed(m.company.net, np.concatenate(crops)).numpy(), obs, lambda i: pics[i], min_gap=recipe.val_gap)
     return run
 
-# %% ../nbs/10c_joint.ipynb #dd26a78b
+# %% ../nbs/10c_joint.ipynb #fca98192
 def train_joint(
     dataset, # Folder of a ReID data set: names the BEV network, the data, the split and the crops
     run_dir, # Folder of the run
@@ -142,6 +142,7 @@ def train_joint(
     build:bool=True, # Build `reid` afterwards
 )->dict: # As `fit`
     "Train BEV network and metric network together, then build the data set of the joint map; killed and called again it goes on"
+    if recipe.init: raise ValueError(f"a joint training starts from the BEV network of its data set and a new metric network, and has no init ({recipe.init}): train on the frozen map, or leave init out")
     whole, model, lss_recipe, data, cfg = source_of(dataset, lss=lss, dataroot=dataroot)
     ds, val = training_sets(dataset, recipe, split=split)
     if cfg.features != ('bev',): raise ValueError(f"a joint training needs crops of the BEV map alone, but {dataset} holds {', '.join(cfg.features)}: the others have no gradient; build it with features=('bev',)")
@@ -156,7 +157,7 @@ def train_joint(
                            seed=recipe.fit.seed, skip_missing=cfg.skip_missing, cache=n_workers == 0 and len(tokens)*len(data.cams) < 20_000)
     scene = dict(zip(ds.table['sample_token'].tolist(), ds.table['scene_token'].tolist()))
     order = keyframe_order([scene[t] for t in frames.tokens], n_scenes=recipe.n_scenes, n_frames=recipe.n_frames, seed=recipe.fit.seed)
-    config = dict(lss=lss_recipe.lss, joint=recipe, recipe=lss_recipe, id_map=id_map, dataset=whole.config, data=dict(version=data.version, split=split, company_ids=sorted(id_map)))
+    config = dict(lss=lss_recipe.lss, joint=recipe, recipe=lss_recipe, id_map=id_map, dataset=whole.config, data=dict(version=data.version, split=split, company_ids=sorted({*id_map, *([] if recipe.fresh else model.company_ids)})))
     out = fit(net, lambda m, b: m(b), Batches(frames, order, collate_fn=collate_samples, n_workers=n_workers), run_dir=run_dir, cfg=recipe.fit, config=config,
               validate=_validate(data, val, cfg, recipe, identities(data, cfg.classes)) if val is not None else None, device=device, progress=progress)
     _finish(Path(run_dir), data, cfg, build=build, device=device, n_workers=n_workers, progress=progress)

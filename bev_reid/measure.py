@@ -251,7 +251,7 @@ def draw_pairs(
     a, b, other = (v[other >= 0] for v in (a, b, other))
     return Pairs(np.r_[a, a], np.r_[b, other], np.arange(2*len(a)) < len(a))
 
-# %% ../nbs/10f_measure.ipynb #65bf319d
+# %% ../nbs/10f_measure.ipynb #a8486dbc
 def best_threshold(
     dist:Float[np.ndarray, "p"], # Distances
     same:Bool[np.ndarray, "p"],
@@ -285,9 +285,10 @@ def paired_accuracy(
                 n_pairs=len(p.a), n_ids=int(k), n_pairs_train=len(pt.a), note='', protocol='paired')
 
 def paired_rows(methods:dict, obs, classes, *, train:tuple, **options)->list:
-    "`paired_accuracy` of several methods; `train` is (methods, obs, classes)"
+    "`paired_accuracy` of the methods that both splits have; `train` is (methods, obs, classes)"
     rows, (trained, *rest) = [], train
     for name, f in methods.items():
+        if name not in trained: continue                       # refined over its own gallery: no threshold to learn from
         (f, metric), t = (f if isinstance(f, tuple) else (f, 'cosine')), trained[name]
         rows.append(dict(method=name, **paired_accuracy(f, obs, classes, train=(t[0] if isinstance(t, tuple) else t, *rest), metric=metric, **options)))
     return rows+[dict(method='chance', accuracy=.5)]

@@ -103,13 +103,13 @@ def occ_loss(
         parts['lovasz'] = cfg.lovasz*lovasz(rows[pick].softmax(-1), truth[pick])
     return dict(loss=sum(parts.values()), **{k: v.detach() for k, v in parts.items()})
 
-# %% ../nbs/23f_occ_model.ipynb #74e781cc
+# %% ../nbs/23f_occ_model.ipynb #ab667aab
 class OccSamples(SampleDataset):
     "Keyframes with their occupancy labels; keyframes without labels are left out"
     def __init__(self, data, tokens, folder:OccFolder, **kw):
         check_grid(kw.get('grid', BEVGrid()), folder.grid)
         here = [t for t in tokens if t in folder]
-        if not here: raise ValueError(f"none of {len(tokens)} keyframes has labels in {folder.root}: run bev_reid_occ_create for their scenes")
+        if not here: raise ValueError(f"none of {len(tokens)} keyframes has labels in {folder.root}: label their scenes with create_occupancy")
         super().__init__(data, here, **kw); self.folder = folder
 
     def __getitem__(self, i):
@@ -205,7 +205,7 @@ def baselines(folder:OccFolder, tokens:list)->dict: # Name -> function for `eval
     most = counts.argmax(0).astype(np.uint8).reshape(folder.grid.nx)
     return dict(empty=lambda batch: np.full((1, *folder.grid.nx), FREE, np.uint8), majority=lambda batch: most[None])
 
-# %% ../nbs/23f_occ_model.ipynb #3372c425
+# %% ../nbs/23f_occ_model.ipynb #8f05561a
 def occ_samples(data:DrivingData, folder:OccFolder, split:str, recipe:OccRecipe, *, train=False)->OccSamples:
     "Keyframes of a split for a recipe"
     if folder.grid != recipe.grid: raise ValueError(f"the labels of {folder.root} have grid {folder.grid}, the network {recipe.grid}")
@@ -221,7 +221,7 @@ def train_occ(
     progress:bool=False,
 )->dict: # As `fit`
     "Train a network on occupancy labels"
-    names = data.splits(); train = next((n for n in ('train', 'mini_train') if n in names), 'all'); val = next((n for n in ('val', 'mini_val', 'test') if n in names), None)
+    names = data.splits(); train = next((n for n in ('train', 'mini_train') if n in names), 'all'); val = next((n for n in ('val', 'mini_val') if n in names), None)
     ds = occ_samples(data, folder, train, recipe, train=True)
     weights = class_weights(folder, ds.tokens, recipe.loss)
     def loss_fn(model, batch):

@@ -7,7 +7,7 @@ __all__ = ['DISTANCES', 'view_angle', 'Tracklets', 'tracklets', 'check_distance'
            'offsets', 'tracklet_distances', 'check_frames', 'TrackletDistances', 'keep_best', 'match_tracklets',
            'tracklet_gap', 'tracklet_junk', 'rank_tracklets', 'film', 'dataset_tracklets', 'evaluate_tracklets']
 
-# %% ../nbs/21_sequences.ipynb #2800503d
+# %% ../nbs/21_sequences.ipynb #1b349bf8
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch, torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .dataset import ReIDDataset, check_crops, held_out_split, trained_features
+from .dataset import ReIDDataset, check_crops, held_out_split, trained_features, trained_ids
 from .evaluate import Observations, RankingResult, bootstrap, evaluate_ranking
 from .measure import paired_difference
 from .metric import embed, load_metric
@@ -284,7 +284,7 @@ def film(
     "Tracklets as film strips, to be shown with `show_retrieval`"
     return [torch.cat([torch.as_tensor(np.asarray(crops[i])) for i in t[j]], -2) for j in k]
 
-# %% ../nbs/21_sequences.ipynb #e28f7a23
+# %% ../nbs/21_sequences.ipynb #3401d53f
 def dataset_tracklets(ds:ReIDDataset, **options)->Tracklets:
     "Tracklets of a data set, with angles of view; options as of `tracklets`"
     t = ds.table
@@ -324,4 +324,4 @@ def evaluate_tracklets(
     diff = {name((distance, align))+' - '+name(w): paired_difference(first, r) for w, r in list(res.items())[1:]}
     diff = [dict(method=k, **{n: v['diff'] for n, v in d.items()}, **{n+'_ci': (v['low'], v['high']) for n, v in d.items()}) for k, d in diff.items()]
     return dict(rows=rows+[dict(method='chance', **first.chance)], differences=diff, settings=dict(protocol='tracklet', split=split, length=length, distance=distance, align=align, min_gap=min_gap, scope=scope,
-                min_visibility=min_visibility, max_gap=max_gap, step=ck.step, n_tracklets=len(t), n_tracks=len(np.unique(t.tracks)), ids_seen_in_training=len(set(ck.config['id_map']) & set(ds.table['identity'])), dataset=str(dataset), checkpoint=str(checkpoint)))
+                min_visibility=min_visibility, max_gap=max_gap, step=ck.step, n_tracklets=len(t), n_tracks=len(np.unique(t.tracks)), ids_seen_in_training=len(trained_ids(ck.config) & set(ds.table['identity'])), dataset=str(dataset), checkpoint=str(checkpoint)))

@@ -6,7 +6,7 @@
 __all__ = ['LSSRecipe', 'jitter', 'start_from', 'LSSWithCompany', 'train_lss', 'MetricRecipe', 'CropBatches', 'training_sets',
            'metric_model', 'train_metric', 'baseline_features', 'evaluate_reid', 'watch']
 
-# %% ../nbs/10b_train.ipynb #a90656f0
+# %% ../nbs/10b_train.ipynb #39004ff2
 import json, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from .augment import CropAug, augment_crops
 from .baselines import background_rows, constant_velocity, imagenet_features, refined
 from .crops import CropConfig, crop_bev
 from .data import BEVAug, DrivingData, ImgAug, SampleDataset, collate_samples
-from .dataset import DatasetConfig, ReIDDataset, check_crops, check_disjoint, held_out_split, identities, identity_sides, pk_order, split_identities, trained_features
+from .dataset import DatasetConfig, ReIDDataset, check_crops, check_disjoint, held_out_split, identities, identity_sides, pk_order, split_identities, trained_features, trained_ids
 from .enhance import Enhance, enhance, steps_of
 from .evaluate import (BASELINE_METRICS, box_size_features, colour_features, evaluate_all, position_features, raw_crop_features, thumbnail_features)
 from .fit import Batches, FitConfig, from_plain, checkpoints, fit, gathered, plain, shuffled, write_json
@@ -263,7 +263,7 @@ def metric_model(
     model.head.register_forward_pre_hook(_gather)
     return model
 
-# %% ../nbs/10b_train.ipynb #ae830944
+# %% ../nbs/10b_train.ipynb #80b4d748
 def train_metric(
     dataset, # Folder of a ReID data set
     run_dir, # Folder of the run
@@ -286,7 +286,7 @@ def train_metric(
     if recipe.init:
         old = load_metric(recipe.init)
         if (had := tuple(trained_features(old.config) or ds.features)) != ds.features: raise ValueError(f"{recipe.init} reads {', '.join(had)}, this training {', '.join(ds.features)}: name the same features")
-        start_from(model.net, old.net, recipe.init); before = {*old.config['id_map'], *old.config.get('ids_before', ())}
+        start_from(model.net, old.net, recipe.init); before = trained_ids(old.config)
     order = (balanced_order if recipe.balanced else pk_order)(labels, p=recipe.p, k=recipe.k, seed=recipe.fit.seed)
     batches = Batches(CropBatches(ds, labels, flip=recipe.flip, aug=recipe.aug, seed=recipe.fit.seed), order, collate_fn=lambda b: b, n_workers=n_workers)
     def validate(m):
@@ -317,7 +317,7 @@ def baseline_features(
             'box size, 5 % noise (leak)': (box_size_features(wlh, noise=.05), m['box_size']),
             'box size as annotated (leak)': (box_size_features(wlh), m['box_size'])}
 
-# %% ../nbs/10b_train.ipynb #1d160bf0
+# %% ../nbs/10b_train.ipynb #da128183
 def evaluate_reid(
     checkpoint, # Metric checkpoint, or folder of a run
     dataset, # Folder of a ReID data set
@@ -342,12 +342,12 @@ def evaluate_reid(
     features = trained_features(config)
     ds = ReIDDataset(dataset, split=split, min_visibility=min_visibility, features=features)
     check_crops(ds, config['dataset'], name=checkpoint)
-    def methods_of(d):
+    def methods_of(d, rerank=rerank):
         e = torch.cat([embed(ck.net, c) for c in parts(d, 'crops')]).numpy()
         return {'learned embedding': e, **({f'learned embedding, {rerank}': refined(e, rerank)} if rerank else {}), **(baseline_features(d, imagenet=imagenet) if baselines else {})}
     methods, obs = methods_of(ds), observations(ds)
     emb = methods['learned embedding']
-    seen = {*config['id_map'], *config.get('ids_before', ())} & set(ds.table['identity'])
+    seen = trained_ids(config) & set(ds.table['identity'])
     kw = dict(min_gap=min_gap, scope=scope)
     rows = evaluate_all(methods, obs, intervals=True, **kw)
     try: shots = evaluate_all(methods, obs, protocol='single-shot', min_gap=min_gap)
@@ -355,7 +355,7 @@ def evaluate_reid(
     train = None
     if protocol == 'paired':
         tr = ReIDDataset(dataset, split='train', min_visibility=min_visibility, features=features)
-        train = methods_of(tr), observations(tr), tr.table['category']
+        train = methods_of(tr, rerank=''), observations(tr), tr.table['category']
     more = measure_more(methods, obs, ds.table, train=train, **kw) if strata or train else {}
     if background: more['background'] = background_rows(lambda i: ds.read('crops', i).astype(np.float32), obs, np.stack([ds.table[k] for k in ('width', 'length', 'height')], 1),
                                                         extent=ds.config['dataset']['crop']['extent'], embed=lambda x: embed(ck.net, torch.from_numpy(x)).numpy(), intervals=True, **kw)

@@ -12,7 +12,11 @@ namespace py = pybind11;
 template <typename T> constexpr const char* dtype_name() {
     if constexpr (std::is_same_v<T, float>) return "float32";
     else if constexpr (std::is_same_v<T, double>) return "float64";
-    else return "int32";
+    else if constexpr (std::is_same_v<T, uint8_t>) return "uint8";
+    else if constexpr (std::is_same_v<T, uint16_t>) return "uint16";
+    else if constexpr (std::is_same_v<T, int32_t>) return "int32";
+    else if constexpr (std::is_same_v<T, int64_t>) return "int64";
+    else static_assert(sizeof(T) == 0, "name this type here");
 }
 
 inline void refuse(const std::string& what) { throw py::value_error("bev_reid._C: " + what); }

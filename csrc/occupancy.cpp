@@ -21,29 +21,6 @@
 
 namespace {
 
-template <typename T> const char* type_name() {
-    if constexpr (std::is_same_v<T, uint8_t>) return "uint8";
-    else if constexpr (std::is_same_v<T, uint16_t>) return "uint16";
-    else if constexpr (std::is_same_v<T, int64_t>) return "int64";
-    else return dtype_name<T>();
-}
-
-// Address of a C-contiguous array of exactly `size` elements (arrays.h names three types; these kernels take more)
-template <typename T> const T* in(const py::array& a, const char* name, int64_t size) {
-    if (!py::isinstance<py::array_t<T>>(a))
-        refuse(std::string(name) + " must be " + type_name<T>() + ", got " + std::string(py::str(a.dtype())));
-    if (!(a.flags() & py::array::c_style)) refuse(std::string(name) + " must be contiguous");
-    if (a.size() != size)
-        refuse(std::string(name) + " has " + std::to_string(a.size()) + " elements, expected " + std::to_string(size));
-    return static_cast<const T*>(a.data());
-}
-
-template <typename T> T* out(py::array& a, const char* name, int64_t size) {
-    in<T>(a, name, size);
-    if (!a.writeable()) refuse(std::string(name) + " is read-only");
-    return static_cast<T*>(a.mutable_data());
-}
-
 int64_t rows(const py::array& a, const char* name, int64_t width) {
     if (a.ndim() != 2 || a.shape(1) != width) refuse(std::string(name) + " must have " + std::to_string(width) + " columns");
     return a.shape(0);
@@ -57,7 +34,7 @@ struct Voxels {
 
 Voxels voxels(const py::array& lo, const py::array& dx, const std::array<int64_t, 3>& nx) {
     Voxels v;
-    const double *l = in<double>(lo, "lo", 3), *d = in<double>(dx, "dx", 3);
+    const double *l = input<double>(lo, "lo", 3), *d = input<double>(dx, "dx", 3);
     for (int i = 0; i < 3; ++i) {
         v.lo[i] = l[i], v.dx[i] = d[i], v.nx[i] = nx[i];
         if (!(d[i] > 0) || nx[i] <= 0) refuse("a grid needs voxels and cells above 0");
@@ -68,7 +45,7 @@ Voxels voxels(const py::array& lo, const py::array& dx, const std::array<int64_t
 
 // Starts of the segments of n rows
 const int64_t* starts(const py::array& ptr, int64_t segments, int64_t n) {
-    const int64_t* p = in<int64_t>(ptr, "ptr", segments + 1);
+    const int64_t* p = input<int64_t>(ptr, "ptr", segments + 1);
     if (p[0] != 0 || p[segments] != n) refuse("ptr must begin at 0 and end at the number of points");
     for (int64_t i = 0; i < segments; ++i)
         if (p[i] > p[i + 1]) refuse("ptr must not decrease");
@@ -89,9 +66,9 @@ inline int inside(const Box& b, double px, double py_, double pz, double clearan
 
 void assign_py(const py::array& points, const py::array& boxes, double clearance, py::array owner) {
     const int64_t n = rows(points, "points", 3), k = rows(boxes, "boxes", 8);
-    const float* p = in<float>(points, "points", 3 * n);
-    const Box* b = reinterpret_cast<const Box*>(in<double>(boxes, "boxes", 8 * k));
-    int32_t* o = out<int32_t>(owner, "owner", n);
+    const float* p = input<float>(points, "points", 3 * n);
+    const Box* b = reinterpret_cast<const Box*>(input<double>(boxes, "boxes", 8 * k));
+    int32_t* o = output<int32_t>(owner, "owner", n);
     for (int64_t i = 0; i < k; ++i)
         for (int j = 0; j < 8; ++j)
             if (!std::isfinite(reinterpret_cast<const double*>(b + i)[j])) refuse("box " + std::to_string(i) + " is not finite");
@@ -144,8 +121,8 @@ class VoxelMap {
 
     void add(const py::array& points, const py::array& labels) {
         const int64_t n = rows(points, "points", 3);
-        const float* p = in<float>(points, "points", 3 * n);
-        const uint8_t* l = in<uint8_t>(labels, "labels", n);
+        const float* p = input<float>(points, "points", 3 * n);
+        const uint8_t* l = input<uint8_t>(labels, "labels", n);
         for (int64_t i = 0; i < 3 * n; ++i)
             if (!(std::fabs(p[i] / cell_) < kHalf)) refuse("a point is not finite, or too far away for a map of cells of " + std::to_string(cell_) + " m");
         py::gil_scoped_release release;
@@ -166,9 +143,9 @@ class VoxelMap {
     // Cells in the order x, y, z: mean point, number of points, winning label (255: no votes)
     void result(py::array points, py::array counts, py::array labels) {
         const int64_t n = size();
-        float* p = out<float>(points, "points", 3 * n);
-        int32_t* c = out<int32_t>(counts, "counts", n);
-        uint8_t* l = out<uint8_t>(labels, "labels", n);
+        float* p = output<float>(points, "points", 3 * n);
+        int32_t* c = output<int32_t>(counts, "counts", n);
+        uint8_t* l = output<uint8_t>(labels, "labels", n);
         py::gil_scoped_release release;
         std::vector<std::pair<uint64_t, int32_t>> order(n);
         for (int64_t i = 0; i < n; ++i) order[i] = {keys_[i], int32_t(i)};
@@ -260,13 +237,13 @@ void vote_py(const py::array& points, const py::array& labels, const py::array& 
              const py::array& lo, const py::array& dx, const std::array<int64_t, 3>& nx, int free, py::array semantics, py::array instance) {
     const Voxels v = voxels(lo, dx, nx);
     const int64_t n = rows(points, "points", 3), s = instances.size(), cells = v.cells();
-    const float* p = in<float>(points, "points", 3 * n);
-    const uint8_t* l = in<uint8_t>(labels, "labels", n);
+    const float* p = input<float>(points, "points", 3 * n);
+    const uint8_t* l = input<uint8_t>(labels, "labels", n);
     const int64_t* seg = starts(ptr, s, n);
-    const uint16_t* who = in<uint16_t>(instances, "instances", s);
-    const double* pose = in<double>(poses, "poses", 12 * s);
-    uint8_t* sem = out<uint8_t>(semantics, "semantics", cells);
-    uint16_t* ins = out<uint16_t>(instance, "instance", cells);
+    const uint16_t* who = input<uint16_t>(instances, "instances", s);
+    const double* pose = input<double>(poses, "poses", 12 * s);
+    uint8_t* sem = output<uint8_t>(semantics, "semantics", cells);
+    uint16_t* ins = output<uint16_t>(instance, "instance", cells);
     if (free < 0 || free > 255) refuse("free must be 0 to 255");
     py::gil_scoped_release release;
     std::fill(sem, sem + cells, uint8_t(free));
@@ -314,13 +291,13 @@ void trace_py(const py::array& origins, const py::array& points, const py::array
               const std::array<int64_t, 3>& nx, const py::object& solid, py::array seen) {
     const Voxels v = voxels(lo, dx, nx);
     const int64_t s = rows(origins, "origins", 3), n = rows(points, "points", 3);
-    const double* o = in<double>(origins, "origins", 3 * s);
-    const float* p = in<float>(points, "points", 3 * n);
+    const double* o = input<double>(origins, "origins", 3 * s);
+    const float* p = input<float>(points, "points", 3 * n);
     const int64_t* seg = starts(ptr, s, n);
     py::array solid_array;
     const uint8_t* wall = nullptr;
-    if (!solid.is_none()) solid_array = py::cast<py::array>(solid), wall = in<uint8_t>(solid_array, "solid", v.cells());
-    uint8_t* out_ = out<uint8_t>(seen, "seen", v.cells());
+    if (!solid.is_none()) solid_array = py::cast<py::array>(solid), wall = input<uint8_t>(solid_array, "solid", v.cells());
+    uint8_t* out_ = output<uint8_t>(seen, "seen", v.cells());
     py::gil_scoped_release release;
     for (int64_t i = 0; i < s; ++i)
         for (int64_t j = seg[i]; j < seg[i + 1]; ++j) {
@@ -359,10 +336,10 @@ void trace_py(const py::array& origins, const py::array& points, const py::array
 void confusion_py(const py::array& pred, const py::array& truth, const py::object& mask, int n, py::array counts) {
     if (n < 1 || n > 256) refuse("classes must be 1 to 256");
     const int64_t size = truth.size(), bins = int64_t(n) * n;
-    const uint8_t *p = in<uint8_t>(pred, "pred", size), *t = in<uint8_t>(truth, "truth", size), *m = nullptr;
+    const uint8_t *p = input<uint8_t>(pred, "pred", size), *t = input<uint8_t>(truth, "truth", size), *m = nullptr;
     py::array mask_array;
-    if (!mask.is_none()) mask_array = py::cast<py::array>(mask), m = in<uint8_t>(mask_array, "mask", size);
-    int64_t* c = out<int64_t>(counts, "counts", bins);
+    if (!mask.is_none()) mask_array = py::cast<py::array>(mask), m = input<uint8_t>(mask_array, "mask", size);
+    int64_t* c = output<int64_t>(counts, "counts", bins);
     uint8_t top = 0;
     if (m) for (int64_t i = 0; i < size; ++i) top = std::max<uint8_t>(top, m[i] ? std::max(p[i], t[i]) : uint8_t(0));
     else for (int64_t i = 0; i < size; ++i) top = std::max(top, std::max(p[i], t[i]));

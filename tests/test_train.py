@@ -13,7 +13,7 @@ from torch import nn
 from bev_reid.cli import set_fields
 from bev_reid.crops import CropConfig
 from bev_reid.data import DrivingData
-from bev_reid.dataset import DatasetConfig, ReIDDataset, build_dataset, pk_order
+from bev_reid.dataset import DatasetConfig, ReIDDataset, build_dataset, pk_order, trained_ids
 from bev_reid.ema import ema_weights
 from bev_reid.fit import Batches, FitConfig, checkpoints, fit, gathered, load_checkpoint, read_metrics, with_defaults
 from bev_reid.joint import JointModel, JointRecipe, keyframe_order, side_by_side, source_of, train_joint, train_reid
@@ -259,6 +259,32 @@ def test_every_loss_trains_by_name(road, tmp_path, loss):
     got = read_metrics(tmp_path); assert {'train/loss', 'train/pos_dist', 'train/neg_dist', 'train/emb_norm'} <= got.keys()
     assert {r['method'] for r in evaluate_reid(tmp_path, reid, min_gap=.5, baselines=False)['rows']} == {'learned embedding', 'chance'}
 
+def test_a_training_starts_from_another_network_and_remembers_whom_it_saw(road, tmp_path):
+    _, reid = road
+    train_metric(reid, tmp_path/'old', recipe=recipe(steps=3), device='cpu')
+    # one identity fewer: it is known from before alone
+    less = tmp_path/'less'; shutil.copytree(reid, less)
+    t = pq.read_table(less/'observations.parquet').to_pydict(); gone = sorted({i for i, s in zip(t['identity'], t['split']) if s == 'train'})[0]
+    t['split'] = ['test' if i == gone else s for i, s in zip(t['identity'], t['split'])]; pq.write_table(pa.table(t), less/'observations.parquet')
+    still = recipe('fit.lr=0', f'init={tmp_path}/old', steps=1)
+    train_metric(less, tmp_path/'new', recipe=still, device='cpu')
+    a, b = (load_checkpoint(tmp_path/n) for n in ('old', 'new'))
+    learned = [k for k in a['model'] if k.startswith('net.') and k.endswith('weight')]
+    assert len(learned) > 5
+    for k in learned: assert torch.equal(a['model'][k], b['model'][k]), k
+    assert gone not in b['config']['id_map'] and gone in trained_ids(b['config'])
+    assert evaluate_reid(tmp_path/'new', less, min_gap=.5, baselines=False)['settings']['ids_seen_in_training'] == 1
+    with pytest.raises(ValueError, match='another make'): train_metric(reid, tmp_path/'x', recipe=recipe(f'init={tmp_path}/old', 'net.widths=[8,12]', steps=1), device='cpu')
+    with pytest.raises(ValueError, match='has no init'): train_joint(reid, tmp_path/'y', recipe=recipe(f'init={tmp_path}/old', cls=JointRecipe), device='cpu')
+
+def test_a_bev_network_starts_from_another_one(road, tmp_path):
+    data, reid = road; old = reid.parent/'lss'
+    train_lss(data, tmp_path/'new', recipe=set_fields(LSSRecipe.recipe('toy', max_steps=1), [*SMALL, f'init={old}', 'fit.lr=0', 'company_weight=0']), device='cpu')
+    a, b = load_lss(old), load_lss(tmp_path/'new')
+    for (k, x), y in zip(a.named_parameters(), b.parameters()): assert torch.equal(x, y), k
+    assert a.company_ids and set(b.company_ids) == set(a.company_ids)      # whom the old one saw, the new one has seen
+    with pytest.raises(ValueError, match='another make'): train_lss(data, tmp_path/'x', recipe=set_fields(LSSRecipe.recipe('toy', max_steps=1), [*SMALL, f'init={old}', 'lss.bev_channels=12']), device='cpu')
+
 def test_wrong_options_are_named():
     with pytest.raises(ValueError, match='mergin'): MetricRecipe(loss='triplet', loss_args=dict(mergin=1))
     with pytest.raises(ValueError, match='softmax'): MetricRecipe(loss='sphere')
@@ -334,7 +360,8 @@ def test_joint_and_frozen_from_one_call(road, tmp_path):
     assert {'cam_encode', 'bev_encode', 'local_encode', 'head'} <= moved and all(torch.equal(before[k], after[k]) for k in trunk)
     # held-out vehicles were not in the loss, and the usual verb makes the same data set as the training did
     ids, test = set(load_metric(tmp_path/'joint/metric').config['id_map']), ReIDDataset(reid, split='test')
-    assert not ids & set(test.table['identity']) and load_lss(tmp_path/'joint/lss').company_ids == sorted(ids)
+    known = set(load_lss(tmp_path/'joint/lss').company_ids)
+    assert ids <= known == ids | set(source_of(reid)[1].company_ids) and not known & set(test.table['identity'])
     verb('dataset', tmp_path/'joint/lss', data.dataroot, tmp_path/'again', '--extent', 16, '--size', 16, '--device', 'cpu', tmp=tmp_path)
     a, b = ReIDDataset(tmp_path/'again'), ReIDDataset(tmp_path/'joint/reid'); np.testing.assert_array_equal(a.read('crops'), b.read('crops'))
     assert 'rank-1' not in verb('eval', tmp_path/'joint/metric', tmp_path/'again', '--min-gap', .5, '--device', 'cpu', tmp=tmp_path)[1]
