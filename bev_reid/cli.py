@@ -217,7 +217,7 @@ def _train_modalities(dataset, run, modalities, recipe, steps, augment, set, spl
     train_cross_modal(bev_modalities(dataset, modalities, split=split), run, recipe=r, device=_device(device), progress=True)
     print(f"{run}: done; bev_reid_eval {run} {dataset} --protocol cross-modality")
 
-# %% ../nbs/11_cli.ipynb #e059643b
+# %% ../nbs/11_cli.ipynb #92833830
 @verb
 def bev_reid_train(
     dataset:str, # Folder of a ReID data set
@@ -241,7 +241,10 @@ def bev_reid_train(
 ):
     "Train the cosine metric network on the crops of a data set"
     if train_condition: dataset = _selected(dataset, run, train_condition, conditions)
-    if modalities: return _train_modalities(dataset, run, tuple(modalities), recipe, steps, augment, set, split, device)
+    if modalities:
+        if other := [f'--{k}' for k, v in dict(loss=loss, features=features, joint=joint, balanced=balanced, patience=patience, workers=workers).items() if v]:
+            raise ValueError(f"--modalities trains one network for two features with losses of its own and has no {', '.join(other)}: leave {'it' if len(other) == 1 else 'them'} out; --set changes its recipe, such as triplet=hetero-centre")
+        return _train_modalities(dataset, run, tuple(modalities), recipe, steps, augment, [*([f'fit.ema={ema}'] if ema else []), *set], split, device)
     from bev_reid.joint import JointRecipe, train_reid
     from bev_reid.train import MetricRecipe
     short = {'loss': loss, 'features': json.dumps(list(features)) if features else '', 'balanced': 'true' if balanced else '', 'fit.ema': ema, 'fit.patience': patience, 'aug.enhance.kind': augment}

@@ -99,6 +99,10 @@ def test_unknown_names(toy_root, tmp_path, args, says):
     refused(says, 'train_lss', toy_root, tmp_path/'run', '--recipe', 'toy', '--device', 'cpu', *args, tmp=tmp_path)
     assert not (tmp_path/'run').exists()
 
+def test_modalities_have_their_own_recipe(tmp_path):
+    refused(['--modalities', 'no --loss, --joint', 'leave them out'], 'train', tmp_path/'reid', tmp_path/'run', '--modalities', 'rgb', 'lidar', '--loss', 'triplet', '--joint', tmp=tmp_path)
+    assert not (tmp_path/'run').exists()
+
 def test_wrong_usage_shows_it(tmp_path):
     assert 'usage: bev_reid_train' in verb('train', 'reid', '--speed', '9', code=2, tmp=tmp_path)[1]
 

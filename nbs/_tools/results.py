@@ -34,7 +34,8 @@ AUG = 'aug.shift=0.2', 'aug.turn=3'
 BEST = dict(steps=800, train=('--loss', 'cosine-softmax'), sets=('p=24', *AUG))
 LAYERS = 'raster.layers=[0.35,0.85,1.35]' # below the sills, up to the bonnet, windows, roofs: chosen on the validation scenes
 TABLES = dict(losses='Losses', joint='Frozen or joint', features='What a crop carries', map='The BEV network', crop='The window', best='The best of these, trained longer',
-              lyft='One real scene', conditions='By day, at night, in rain', modal='Camera against LiDAR', choice='The window, on the validation scenes')
+              lyft='One real scene', conditions='By day, at night, in rain', modal='Camera against LiDAR', choice='The window, on the validation scenes',
+              tried='Loss and cells of the widest window, on the validation scenes')
 SPLITS = 0, 1, 2, 3, 4 # of the identities of the real scene into two halves
 
 @dataclass
@@ -131,6 +132,10 @@ class Plan:
         self.row('best', 'best', wide, *BEST['train'], steps=BEST['steps'], sets=BEST['sets'], measure=('--bare', '--rerank', 'k-reciprocal'),
                  first=('--strata', '--background', '--protocol', 'paired', '--rerank', 'k-reciprocal', '--imagenet'))
         self.row('crop', '24 m, half of the crops without surroundings', wide, sets=('aug.alone=0.5',), measure=parts)
+        chosen = '--split', 'val', '--bare'
+        for loss in 'triplet', 'supcon': self.row('tried', f'24 m, 0.5 m cells, {loss}', wide, '--loss', loss, measure=chosen)
+        fine = self.data('fine', 'lss/64', seen, 24, 64, '--set', LAYERS)
+        self.row('tried', '24 m, 0.375 m cells, cosine-softmax', fine, measure=chosen)
         best = f'{self.at}/runs/best_best_s{self.seeds[0]}'
         lyft = ['--recipe', 'toy', '--steps', self.steps(200), '--set', 'company_weight=0', 'lss.img_size=[160,256]', 'img_aug.flip=true']
         for name, more, need in ('imagenet', [], []), ('nothing', ['lss.pretrained=false', 'lss.frozen_blocks=0'], []), ('toy', [f'init={self.at}/lss/64'], ['lss/64']):
@@ -147,6 +152,7 @@ class Plan:
             self.row('conditions', name, base, *more, '--features', *seen, measure=('--protocol', 'within-condition'), seeds=five)
         self.row('modal', 'colours at the predicted depth, LiDAR', base, '--modalities', 'rgb', 'lidar', measure=('--protocol', 'cross-modality'), amp=())
         self.again('choice', 'crop')
+        self.same('tried', '24 m, 0.5 m cells, cosine-softmax', 'choice', '24 m, 0.5 m cells, layers')
         alone = self.data('bev', 'lss/64', ['bev'], 10, 20) # a joint training wants crops of the map and nothing else
         self.row('joint', 'frozen', alone, '--features', 'bev', steps=80)
         self.row('joint', 'joint', alone, '--features', 'bev', '--joint', steps=80, sets=('n_frames=2',))
@@ -166,7 +172,7 @@ class Runner:
 
     def wanted(self, tables):
         "Jobs that are left, in an order in which they can run"
-        first = ['best', 'features', 'crop', 'losses', 'lyft', 'map', 'joint', 'choice', 'conditions', 'modal'] # what a run that is cut off should have
+        first = ['best', 'features', 'crop', 'losses', 'lyft', 'map', 'joint', 'choice', 'tried', 'conditions', 'modal'] # what a run that is cut off should have
         todo, order = [j for t in first if t in tables for r in self.plan.rows if r.table == t for j in r.jobs], []
         def visit(n):
             for m in self.plan.jobs[n].needs: visit(m)
