@@ -83,3 +83,27 @@ def test_goes_on_and_writes_whole_rows_only(tmp_path, monkeypatch):
     got = json.loads(out.read_text())['rows']
     assert [len(r['seeds']) for r in got] == [2] and got[0]['seeds'][1]['mAP'] == .25
     assert (tmp_path/'ran').read_text().count('x') == 3                   # the first one ran once
+
+def test_what_changed_runs_again(tmp_path, monkeypatch):
+    "Other options of a training: its folder goes, it runs anew, and so does what reads it; listing removes nothing"
+    tool = tmp_path/'bin'; tool.mkdir()
+    for name, body in ('bev_reid_train', 'mkdir -p "$2"; echo "$3" > "$2/step"; cp src.json "$5"; echo "$1" >> ran'), ('bev_reid_eval', 'cp "$1/step" seen; cp src.json "$4"; echo eval >> ran'):
+        (tool/name).write_text('#!/bin/sh\n'+body+'\n'); (tool/name).chmod(0o755)
+    (tmp_path/'src.json').write_text(json.dumps(dict(rows=[dict(method='learned embedding', rank1=.5, mAP=.25)])))
+    monkeypatch.setattr(results, 'ROOT', tmp_path); monkeypatch.setattr(results.sys, 'executable', str(tool/'python'))
+    def runner(steps):
+        plan = results.Plan.__new__(results.Plan)
+        plan.quick, plan.jobs, plan.at, plan.seeds = True, {}, 'work', (0,)
+        plan.add('best/a/0', [['bev_reid_train', 'data', 'work/a', steps, '--out', 'a.json']])
+        plan.add('losses/b/0', [['bev_reid_train', 'other', 'work/b', '7', '--out', 'b.json']])
+        plan.add('lyft/c/0', [['bev_reid_eval', 'work/a', 'data', '--out', 'c.json']], 'best/a/0')
+        plan.rows = [results.Row(t, n, [f'{t}/{n}/0']) for t, n in (('best', 'a'), ('losses', 'b'), ('lyft', 'c'))]
+        return results.Runner(plan, tmp_path/'out.json', 1)
+    every = ['best', 'losses', 'lyft']
+    runner(3).run(every); assert (tmp_path/'ran').read_text().split() == ['data', 'other', 'eval']
+    (tmp_path/'work/a/left').touch(); runner(3).run(every); assert (tmp_path/'work/a/left').exists()
+    assert runner(9).wanted(every) == ['best/a/0', 'lyft/c/0'] and (tmp_path/'work/a/left').exists()
+    runner(9).run(['best']); assert not (tmp_path/'work/a/left').exists() and json.loads((tmp_path/'out.json').read_text())['rows'][-1]['table'] == 'losses'
+    runner(9).run(every)
+    assert (tmp_path/'ran').read_text().split() == ['data', 'other', 'eval', 'data', 'eval'] and (tmp_path/'seen').read_text() == '9\n'
+    assert (tmp_path/'work/b/step').exists()

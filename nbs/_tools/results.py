@@ -8,13 +8,14 @@
 
 The world, `standard`: 30 scenes of 10 s by day, by night and in rain; 21 to train on, 3 to choose on, 6 to measure on, no vehicle in two of these parts.
 Every step is one of the package's own commands, run as it stands, in a process of its own, two at a time. Runs go to demo/standard, which git ignores;
-results/standard.json gets a row as soon as its last seed is measured. A command that has run is not run again: delete its line in demo/standard/done to repeat it.
+results/standard.json gets a row as soon as its last seed is measured. A command that has run is not run again, unless it or what it reads changed: delete its file in demo/standard/done to repeat it.
 """
 import argparse
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -31,7 +32,7 @@ FEATURES = dict([('bev', ['bev']), ('rgb', ['rgb']), ('rgb_lidar', ['rgb_lidar']
 REAL = '$BEV_REID_DATA/lyft_scene'
 WIDE = 24, 48 # window in metres, cells: chosen on the validation scenes, as what follows
 AUG = 'aug.shift=0.2', 'aug.turn=3'
-BEST = dict(steps=800, train=('--loss', 'cosine-softmax'), sets=('p=24', *AUG))
+BEST = dict(steps=1200, train=('--loss', 'triplet'), sets=('p=24', *AUG)) # the loss: see the table `tried`
 LAYERS = 'raster.layers=[0.35,0.85,1.35]' # below the sills, up to the bonnet, windows, roofs: chosen on the validation scenes
 TABLES = dict(losses='Losses', joint='Frozen or joint', features='What a crop carries', map='The BEV network', crop='The window', best='The best of these, trained longer',
               lyft='One real scene', conditions='By day, at night, in rain', modal='Camera against LiDAR', choice='The window, on the validation scenes',
@@ -150,7 +151,9 @@ class Plan:
         day = '--train-condition', 'day+dry'
         for name, more in {'every condition': (), 'by day': day, 'by day, grey + erasing': (*day, '--augment', 'grey+erasing'), 'by day, colour jitter': (*day, '--augment', 'jitter'), 'by day, RLE': (*day, '--augment', 'rle')}.items():
             self.row('conditions', name, base, *more, '--features', *seen, measure=('--protocol', 'within-condition'), seeds=five)
-        self.row('modal', 'colours at the predicted depth, LiDAR', base, '--modalities', 'rgb', 'lidar', measure=('--protocol', 'cross-modality'), amp=())
+        self.row('conditions', 'every condition, 900 steps', base, '--features', *seen, measure=('--protocol', 'within-condition'), seeds=five, steps=900)
+        for what, f in ('colours at the predicted depth', 'rgb'), ('BEV features', 'bev'), ('colours on LiDAR points', 'rgb_lidar'):
+            self.row('modal', f'{what}, LiDAR', base, '--modalities', f, 'lidar', measure=('--protocol', 'cross-modality'), amp=(), steps=900)
         self.again('choice', 'crop')
         self.same('tried', '24 m, 0.5 m cells, cosine-softmax', 'choice', '24 m, 0.5 m cells, layers')
         alone = self.data('bev', 'lss/64', ['bev'], 10, 20) # a joint training wants crops of the map and nothing else
@@ -164,11 +167,18 @@ class Runner:
     "Runs the jobs, two at a time, each once"
     def __init__(self, plan, out, workers):
         self.plan, self.out, self.workers, self.lock, self.stop = plan, out, workers, threading.Condition(), False
-        self.folder = ROOT/plan.at; self.done = {}
+        self.folder = ROOT/plan.at; self.done, self.other = {}, {}
         for f in (self.folder/'done').glob('*.json'):
             d = json.loads(f.read_text())
             j = plan.jobs.get(d['name'])
-            if j and d['commands'] == j.commands: self.done[d['name']] = d
+            if j: (self.done if d['commands'] == j.commands else self.other)[d['name']] = d
+
+    def forget(self, d):
+        "Remove what a job has made: a training there would refuse to go on with other options"
+        for c in d['commands']:
+            made = {'bev_reid_train': 2, 'bev_reid_train_lss': 2, 'bev_reid_dataset': 3}.get(c[0])
+            if made and self.folder in (ROOT/c[made]).parents: shutil.rmtree(ROOT/c[made], ignore_errors=True)
+        (self.folder/'done'/(word(d['name'])+'.json')).unlink()
 
     def wanted(self, tables):
         "Jobs that are left, in an order in which they can run"
@@ -176,12 +186,17 @@ class Runner:
         todo, order = [j for t in first if t in tables for r in self.plan.rows if r.table == t for j in r.jobs], []
         def visit(n):
             for m in self.plan.jobs[n].needs: visit(m)
-            if n not in order and n not in self.done: order.append(n)
+            if n not in order and (n not in self.done or any(m in order for m in self.plan.jobs[n].needs)): order.append(n)
         for n in todo: visit(n)
         return order
 
     def run(self, tables):
         left, running = self.wanted(tables), set()
+        anew = set(left) # their commands are others now, or what they read is made anew, for a table that was not asked for, too
+        while more := {n for n in self.done if n not in anew and anew & set(self.plan.jobs[n].needs)}: anew |= more
+        for n in anew:
+            for d in self.done, self.other:
+                if n in d: self.forget(d.pop(n))
         total, begun = len(left), time.perf_counter()
         failed = []
         def worker():
