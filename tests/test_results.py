@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 root = Path(__file__).resolve().parents[1]
@@ -107,3 +108,53 @@ def test_what_changed_runs_again(tmp_path, monkeypatch):
     runner(9).run(every)
     assert (tmp_path/'ran').read_text().split() == ['data', 'other', 'eval', 'data', 'eval'] and (tmp_path/'seen').read_text() == '9\n'
     assert (tmp_path/'work/b/step').exists()
+
+
+def page(folder, files, capsys):
+    "Run the cells of the page of conditions on these results; what it prints, and its names"
+    import matplotlib; matplotlib.use('Agg'); import matplotlib.pyplot as plt
+    (folder/'results').mkdir(); (folder/'nbs'/'tutorials').mkdir(parents=True)
+    for name, d in files.items(): (folder/'results'/f'{name}.json').write_text(json.dumps(d))
+    cells = [''.join(c['source']) for c in json.loads((root/'nbs'/'tutorials'/'conditions.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
+    names, here = {}, os.getcwd()
+    os.chdir(folder/'nbs'/'tutorials')
+    try:
+        for c in cells:
+            if '#| hide' not in c: exec(c, names)
+    finally: os.chdir(here); plt.close('all')
+    return capsys.readouterr().out, names
+
+
+def test_page_of_conditions_says_what_is_missing(tmp_path, capsys):
+    said, _ = page(tmp_path, {}, capsys)
+    for table in ('conditions', 'across', 'modal'): assert f'not measured yet: python nbs/_tools/results.py --only {table}' in said
+    assert 'helps' not in said and 'better than' not in said
+
+
+def test_page_of_conditions_follows_the_numbers(tmp_path, capsys):
+    "Made-up rows with a known answer: RLE two points above the plain training by day and as many below it at night, in every seed but for a little"
+    def row(name, day, night): return dict(table='conditions', name=name, every_seed=[[dict(condition=c, method='learned embedding', rank1=v+.001*s, rank1_chance=.01, mAP=v+.001*s, n_queries=9, n_ids=3) for c, v in (('day dry', day), ('night dry', night))] for s in range(5)])
+    wobble = row('by day, RLE', .52, .48)
+    for s, seed in enumerate(wobble['every_seed']):
+        for x in seed: x['rank1'] += .001*(-1)**s; x['mAP'] = .5+.001*s+.1*(-1)**s
+    across = dict(table='across', name='by day', every_seed=[[dict(query='day dry', gallery='night dry', rank1=.2+.01*s, rank1_chance=.05, n_queries=60, n_ids=9), dict(query='day dry', gallery='day dry (own)', note='too few')] for s in range(5)])
+    modal = dict(table='modal', name='a, b', every_seed=[[dict(direction=d, rank1=v+.001*s, mAP=v, rank1_chance=.01, mAP_chance=.01) for d, v in (('a -> b', .01), ('b -> a', .2), ('a -> a', .3), ('b -> b', .4))] for s in range(3)])
+    said, names = page(tmp_path, dict(standard=dict(rows=[row('by day', .5, .5), wobble, across, modal])), capsys)
+    assert 'day dry, rank1: RLE is: better than: "by day" (+2.0)' in said and 'night dry, rank1: RLE is: worse than: "by day" (-2.0)' in said and 'day dry, mAP: RLE is: no different from: "by day"' in said
+    assert 'day dry -> night dry  22.0 ± 1.6     5.0' in said and '(own)' not in said
+    assert 'against chance: above it: b -> a' in said and 'not to be told from it: a -> b' in said and 'against a -> a: below it: a -> b' in said
+    noise = .01*np.array([-2, -1, 0, 1, 2])/2.5**.5                       # five numbers of standard deviation 0.01
+    assert [names['judge'](f*2.776*.01/5**.5+noise) for f in (1.2, -1.2, .8)] == ['helps', 'costs', 'no difference']
+
+
+def test_page_of_conditions_reads_the_kept_results(tmp_path, capsys):
+    kept = {n: json.loads((root/'results'/f'{n}.json').read_text()) for n in ('rle', 'sequences', 'standard')}
+    said, _ = page(tmp_path, kept, capsys)
+    r = next(r for r in kept['rle']['rows'] if (r['training'], r['method'], r['condition']) == ('day', 'rle', 'linear'))
+    assert f"{100*r['rank1']:.1f} ± {100*r['rank1_std']:.1f}" in next(l for l in said.split('\n') if l.startswith('rle '))
+    d = next(d for d in kept['rle']['differences'] if (d['training'], d['method'], d['against'], d['condition']) == ('day', 'rle', 'none', 'linear'))
+    assert f"rle ({100*d['rank1_diff']:+.1f})" in said.split('asked in the linear band')[1].split('\n')[1]
+    for kind in ('aligned', 'unaligned'):
+        d = next(d for d in kept['sequences']['summary'][kind]['differences'] if (d['a'], d['b'], d.get('encoder')) == ('chamfer', 'mean_descriptor', 'raw'))
+        line = next(l for l in said.split('\n') if l.startswith(f'{kind}, five sightings, against their mean'))
+        assert f"chamfer ({100*d['mean']:+.1f})" in line and ('chamfer' in line.split('costs:')[-1]) == (d['mean'] < 0)

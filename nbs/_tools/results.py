@@ -35,7 +35,7 @@ AUG = 'aug.shift=0.2', 'aug.turn=3'
 BEST = dict(steps=1200, train=('--loss', 'triplet'), sets=('p=24', *AUG)) # the loss: see the table `tried`
 LAYERS = 'raster.layers=[0.35,0.85,1.35]' # below the sills, up to the bonnet, windows, roofs: chosen on the validation scenes
 TABLES = dict(losses='Losses', joint='Frozen or joint', features='What a crop carries', map='The BEV network', crop='The window', best='The best of these, trained longer',
-              lyft='One real scene', conditions='By day, at night, in rain', modal='Camera against LiDAR', choice='The window, on the validation scenes',
+              lyft='One real scene', conditions='By day, at night, in rain', across='The same vehicle under another condition', modal='Camera against LiDAR', choice='The window, on the validation scenes',
               tried='Loss and cells of the widest window, on the validation scenes')
 SPLITS = 0, 1, 2, 3, 4 # of the identities of the real scene into two halves
 
@@ -104,11 +104,11 @@ class Plan:
         "A row that another table has, too"
         self.rows.append(Row(table, name, next(r.jobs for r in self.rows if (r.table, r.name) == (other, row))))
 
-    def again(self, table, other):
-        "The rows of another table, measured on the validation scenes"
+    def again(self, table, other, ending, *options):
+        "The runs of another table, measured with other options"
         for r in [r for r in self.rows if r.table == other]:
             evals = [self.jobs[j].commands[-1] for j in r.jobs]
-            self.rows.append(Row(table, r.name, [self.add(f'{table}/{r.name}/{k}', [[*c[:3], '--split', 'val', '--bare', '--out', c[-1].replace('.json', '_val.json')]], j) for k, (c, j) in enumerate(zip(evals, r.jobs))]))
+            self.rows.append(Row(table, r.name, [self.add(f'{table}/{r.name}/{k}', [[*c[:3], *options, '--out', c[-1].replace('.json', f'_{ending}.json')]], j) for k, (c, j) in enumerate(zip(evals, r.jobs))]))
 
     def tables(self):
         "What the page shows"
@@ -154,7 +154,8 @@ class Plan:
         self.row('conditions', 'every condition, 900 steps', base, '--features', *seen, measure=('--protocol', 'within-condition'), seeds=five, steps=900)
         for what, f in ('colours at the predicted depth', 'rgb'), ('BEV features', 'bev'), ('colours on LiDAR points', 'rgb_lidar'):
             self.row('modal', f'{what}, LiDAR', base, '--modalities', f, 'lidar', measure=('--protocol', 'cross-modality'), amp=(), steps=900)
-        self.again('choice', 'crop')
+        self.again('across', 'conditions', 'across', '--protocol', 'cross-condition')
+        self.again('choice', 'crop', 'val', '--split', 'val', '--bare')
         self.same('tried', '24 m, 0.5 m cells, cosine-softmax', 'choice', '24 m, 0.5 m cells, layers')
         alone = self.data('bev', 'lss/64', ['bev'], 10, 20) # a joint training wants crops of the map and nothing else
         self.row('joint', 'frozen', alone, '--features', 'bev', steps=80)
@@ -182,7 +183,7 @@ class Runner:
 
     def wanted(self, tables):
         "Jobs that are left, in an order in which they can run"
-        first = ['best', 'features', 'crop', 'losses', 'lyft', 'map', 'joint', 'choice', 'tried', 'conditions', 'modal'] # what a run that is cut off should have
+        first = ['best', 'features', 'crop', 'losses', 'lyft', 'map', 'joint', 'choice', 'tried', 'conditions', 'across', 'modal'] # what a run that is cut off should have
         todo, order = [j for t in first if t in tables for r in self.plan.rows if r.table == t for j in r.jobs], []
         def visit(n):
             for m in self.plan.jobs[n].needs: visit(m)
@@ -249,7 +250,7 @@ class Runner:
             keep = ('rank1', 'rank5', 'mAP', 'mINP', 'rank1_ci', 'mAP_ci', 'n_queries', 'n_ids', 'n_gallery')
             row = dict(table=r.table, name=r.name, seeds=[{k: o[k] for k in keep if k in o} for o in own], commands=[text(c) for c in self.done[r.jobs[0]]['commands']],
                        cpu=round(sum(self.done[j]['cpu'] for j in r.jobs)/len(r.jobs)))
-            if r.table in ('conditions', 'modal'): row['every_seed'] = [[{k: v for k, v in x.items() if k in ('condition', 'direction', 'method', 'rank1_chance', 'mAP_chance', *keep)} for x in d['rows']] for d in found]
+            if r.table in ('conditions', 'across', 'modal'): row['every_seed'] = [[{k: v for k, v in x.items() if k in ('condition', 'query', 'gallery', 'direction', 'method', 'rank1_chance', 'mAP_chance', *keep)} for x in d['rows']] for d in found]
             if r.table == 'crop' and 'background' in found[0]: row['motion'], row['background'] = [[x for x in d['strata'] if x['stratum'] == 'motion'] for d in found], [d['background'] for d in found]
             if r.table == 'lyft': row['baselines'] = [[{k: v for k, v in x.items() if k in ('method', *keep)} for x in d['rows'][1:]] for d in found]
             if r.table == 'best': row['found'] = found[0]; row['every_seed'] = [[{k: v for k, v in x.items() if k in ('method', *keep)} for x in d['rows']] for d in found]

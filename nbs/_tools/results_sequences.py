@@ -2,7 +2,7 @@
 """What is a tracklet worth? Rank-1 against its length, for every distance, aligned and not, raw and after learning
 
     python nbs/_tools/results_sequences.py                                   simulated passes, five seeds; writes results/sequences.json (5 CPU minutes)
-    python nbs/_tools/results_sequences.py --run RUN --dataset DATASET       also tracklets of a trained network's held-out vehicles
+    python nbs/_tools/results_sequences.py --run RUN ... --dataset DATASET   also tracklets of trained networks' held-out vehicles: runs of several seeds
     python nbs/_tools/results_sequences.py --quick --out FILE                small sizes, to see that it works
 
 (a) Simulated passes (`bev_reid.sequence_learning.simulate_passes`): 500 test vehicles pass twice, the first pass asks, the second passes are the
@@ -14,8 +14,9 @@ Learning: a linear projection, the identity at the start; every value as publish
 learning rate 1e-3, weight decay 1e-3, 1,000 negatives looked at, 10 used), 10 epochs at the most, and as published the state of the best
 Recall@5 (mean of pairs) on validation vehicles counts. Nothing was tuned on what is reported.
 
-(b) One trained run: windows of the greatest length up to 9 that still leaves 50 queries with a match, two seconds and more apart; shorter tracklets
-are their middles, so every length ranks the same queries in the same gallery. Intervals are over vehicles, for this one training.
+(b) Trained runs, such as `--run demo/standard/runs/best_best_s0 ..._s1 ..._s2 --dataset demo/standard/data/wide` after `make results`: windows of the
+greatest length up to 9 that still leaves 50 queries of 30 vehicles with a match, two seconds and more apart; shorter tracklets are their middles, so
+every length ranks the same queries in the same gallery. Intervals are over vehicles, for one training each.
 """
 import argparse, json, os, sys, tempfile, time
 from pathlib import Path
@@ -28,7 +29,7 @@ from bev_reid.fit import FitConfig, plain, write_json
 from bev_reid.sequence_learning import SequenceProjection, SequenceRecipe, SequenceSet, encode, load_projection, simulate_passes, train_sequences
 from bev_reid.sequences import DISTANCES, tracklet_distances
 
-ROOT, LENGTHS, MOST = Path(__file__).resolve().parents[2], tuple(range(1, 10)), 9
+ROOT, LENGTHS, MOST, ENOUGH = Path(__file__).resolve().parents[2], tuple(range(1, 10)), 9, (50, 30) # queries, vehicles
 WAYS = {**{d: dict(distance=d) for d in DISTANCES}, 'mean_of_pairs, by angle': dict(distance='mean_of_pairs', align='angle'), 'mean_of_pairs, all with all': dict(distance='mean_of_pairs', align='none')}
 LEARNED = {'loss and mining on single views': ('center', 'center'), 'loss and mining on pairs': ('mean_of_pairs', 'mean_of_pairs'), 'loss and mining on the mean': ('mean_descriptor', 'mean_descriptor'),
            'loss on pairs, mining on single views': ('mean_of_pairs', 'center'), 'loss on single views, mining on pairs': ('center', 'mean_of_pairs')}
@@ -103,19 +104,20 @@ def trained(run, dataset, split='', min_gap=2.):
     for most in range(MOST, 1, -1):
         try: t = dataset_tracklets(ds, length=most)
         except ValueError: continue
-        if rank_tracklets(emb, t, distance='center', min_gap=min_gap).n_queries >= 50: break
-    else: raise SystemExit(f'{dataset} has no tracklets of two sightings with matches {min_gap:g} s away')
+        n = rank_tracklets(emb, t, distance='center', min_gap=min_gap).to_dict()
+        if n['n_queries'] >= ENOUGH[0] and n['n_ids'] >= ENOUGH[1]: break
+    else: raise SystemExit(f'{dataset} has no tracklets of two sightings with matches {min_gap:g} s away for {ENOUGH[0]} queries of {ENOUGH[1]} vehicles')
     lengths, rows, diffs = range(1, most+1), [], []
     for n in lengths:
         res = {w: rank_tracklets(emb, t.central(n), junk_by=t, min_gap=min_gap, **how) for w, how in WAYS.items()}
         rows += [dict(length=n, way=w, **r.to_dict(), **{k+'_ci': v for k, v in bootstrap(r).items()}) for w, r in res.items()]
         if n == min(5, most): diffs = [dict(a=w, b=b, length=n, **{k: v for k, v in paired_difference(res[w], res[b])['rank1'].items()}) for b in ('center', 'mean_descriptor') for w in WAYS if w != b]
-    return dict(split=split, longest=most, n_tracklets=len(t), n_tracks=len(set(t.tracks)), min_gap=min_gap, chance=res['center'].chance['rank1'], rows=rows, differences=diffs)
+    return dict(run=str(run), dataset=str(dataset), split=split, longest=most, n_tracklets=len(t), n_tracks=len(set(t.tracks)), min_gap=min_gap, chance=res['center'].chance['rank1'], rows=rows, differences=diffs)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--quick', action='store_true'); p.add_argument('--out', type=Path, default=ROOT/'results'/'sequences.json'); p.add_argument('--seeds', type=int, default=5)
-    p.add_argument('--run'); p.add_argument('--dataset'); p.add_argument('--split', default='', help='of that data set; left out: what it holds out')
+    p.add_argument('--run', nargs='+'); p.add_argument('--dataset'); p.add_argument('--split', default='', help='of that data set; left out: what it holds out')
     a = p.parse_args(); torch.set_num_threads(1)
     if bool(a.run) != bool(a.dataset): p.error('--run and --dataset go together')
     if a.quick and a.out == ROOT/'results'/'sequences.json': p.error('--quick needs --out: its numbers are not to be kept')
@@ -129,15 +131,15 @@ def main():
         t = time.process_time(); seeds[str(s)] = one_seed(s, sizes, lengths)
         write_json(a.out, dict(settings=settings, seeds=seeds, trained=toy))             # killed, it goes on with the next seed
         print(f'seed {s}: {time.process_time()-t:.0f} CPU s', file=sys.stderr, flush=True)
-    if a.run: toy = trained(a.run, a.dataset, a.split)
+    if a.run: toy = [trained(r, a.dataset, a.split) for r in a.run]
     out = dict(settings=settings, summary=summarise(seeds, lengths), seeds=seeds, trained=toy); write_json(a.out, out)
     for kind, v in out['summary'].items():
         print(f'\n{kind}, rank-1 in % (mean over {len(seeds)} seeds), lengths '+' '.join(map(str, lengths)))
         for e, ways in v['curves'].items():
             for w, c in ways.items():
                 if e == 'raw' or w in ('mean_of_pairs', 'mean_descriptor'): print(f'  {e:40s}{w:30s}'+' '.join(f'{100*x:5.1f}' for x in c['mean']))
-    if toy:
-        print(f"\none trained run: {toy['n_tracklets']} tracklets of {toy['longest']}, {toy['rows'][0]['n_queries']} queries, {toy['rows'][0]['n_ids']} vehicles, chance {100*toy['chance']:.1f}")
-        for w in WAYS: print(f'  {w:30s}'+' '.join(f"{100*r['rank1']:5.1f}" for r in toy['rows'] if r['way'] == w))
+    for t in toy or []:
+        print(f"\n{t['run']}: {t['n_tracklets']} tracklets of {t['longest']}, {t['rows'][0]['n_queries']} queries, {t['rows'][0]['n_ids']} vehicles, chance {100*t['chance']:.1f}")
+        for w in WAYS: print(f'  {w:30s}'+' '.join(f"{100*r['rank1']:5.1f}" for r in t['rows'] if r['way'] == w))
 
 if __name__ == '__main__': main()
