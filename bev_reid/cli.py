@@ -297,6 +297,8 @@ def _show_protocol(run, dataset, protocol, conditions, out, kw):
     return res
 
 # %% ../nbs/11_cli.ipynb #3628726c
+PROTOCOLS = 'all', 'paired', 'within-condition', 'cross-condition', 'cross-modality', 'tracklet'
+
 @verb
 def bev_reid_eval(
     run:str, # Run or checkpoint of the metric network
@@ -326,6 +328,7 @@ def bev_reid_eval(
     from bev_reid.evaluate import format_table
     from bev_reid.fit import plain, write_json
     from bev_reid.train import evaluate_reid, watch as watch_run
+    if protocol not in PROTOCOLS: raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
     kw = dict(split=split, min_gap=min_gap, scope=scope, min_visibility=min_visibility, device=_device(device))
     if watch:
         kw['split'] = held_out_split(dataset) if split == 'auto' else split

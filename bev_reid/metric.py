@@ -194,7 +194,7 @@ def load_metric(
 )->MetricCheckpoint: # Raises FileNotFoundError, or ValueError naming file and difference
     "Open a metric checkpoint; where a running mean of the weights was kept, that is taken"
     state = load_checkpoint(path, map_location=device)
-    if 'metric' not in state['config']: raise ValueError(f"{path} is not a checkpoint of a metric network: it holds {', '.join(state['config'])}")
+    if 'metric' not in state['config']: raise ValueError(f"{path} is not a checkpoint of a metric network: it holds {', '.join(state['config'])}{'; a network for two modalities is measured with --protocol cross-modality' if 'cross_modal' in state['config'] else ''}")
     if cfg: check_same_config(state['config']['metric'], cfg, path)
     net = CosineMetricNet(from_plain(MetricConfig, state['config']['metric'])).to(device)
     def part(p): return {k.removeprefix(p): v for k, v in ema_weights(state).items() if k.startswith(p)}

@@ -252,7 +252,7 @@ def test_more_of_the_evaluation_and_export(said, out, tmp_path, capsys):
     text = capsys.readouterr().out
     assert 'learned embedding, expand' in {r['method'] for r in res['rows']} and all(k in text for k in ('strata:', 'differences:', 'verification:', 'paired:'))
     assert json.loads((tmp_path/'e.json').read_text())['paired']
-    with pytest.raises(ValueError, match="protocol must be 'all' or 'paired'"): cli.bev_reid_eval(str(out/'metric'), str(out/'reid'), protocol='pairs')
+    with pytest.raises(ValueError, match='protocol must be one of all, paired, within-condition'): cli.bev_reid_eval(str(out/'metric'), str(out/'reid'), protocol='pairs')
     with pytest.raises(ValueError, match='pass --dataset'): cli.bev_reid_export(str(out/'metric'), str(tmp_path/'e.npz'))
     with pytest.raises(ValueError, match='arcface'): cli.bev_reid_train(str(out/'reid'), str(tmp_path/'run'), loss='nonsense')
     cli.bev_reid_export(str(out/'metric'), str(tmp_path/'e.npz'), dataset=str(out/'reid'))

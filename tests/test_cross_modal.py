@@ -129,8 +129,9 @@ def test_bev_protocol(reid, tmp_path):
     d = np.where(junk, np.inf, 1-a.astype(float) @ b.T.astype(float)); same = s.ids[:, None] == s.ids[None]; valid = (same & ~junk).any(1)
     hit = np.where(same, d, np.inf).min(1) < np.where(same, np.inf, d).min(1)
     assert res['rows'][0]['rank1'] == pytest.approx(hit[valid].mean(), abs=.02) and res['rows'][0]['n_queries'] == valid.sum()
+    from bev_reid.metric import CosineMetricNet, load_metric, save_metric
+    with pytest.raises(ValueError, match='measured with --protocol cross-modality'): load_metric(tmp_path/'r')
     with pytest.raises(ValueError, match='no cross-modal network'):
-        from bev_reid.metric import CosineMetricNet, save_metric
         load_cross_modal(save_metric(tmp_path/'m.pt', CosineMetricNet(MetricConfig.toy())))
 
 def test_a_modality_is_missing(reid):
