@@ -14,7 +14,7 @@ Learning: a linear projection, the identity at the start; every value as publish
 learning rate 1e-3, weight decay 1e-3, 1,000 negatives looked at, 10 used), 10 epochs at the most, and as published the state of the best
 Recall@5 (mean of pairs) on validation vehicles counts. Nothing was tuned on what is reported.
 
-(b) Trained runs, such as `--run demo/standard/runs/best_best_s0 ..._s1 ..._s2 --dataset demo/standard/data/wide` after `make results`: windows of the
+(b) Trained runs; after `make results` those of one row, `--run demo/standard/runs/conditions_every_condition_s? --dataset demo/standard/data/base`: windows of the
 greatest length up to 9 that still leaves 50 queries of 30 vehicles with a match, two seconds and more apart; shorter tracklets are their middles, so
 every length ranks the same queries in the same gallery. Intervals are over vehicles, for one training each.
 """
