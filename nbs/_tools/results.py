@@ -153,7 +153,7 @@ class Plan:
             self.row('conditions', name, base, *more, '--features', *seen, measure=('--protocol', 'within-condition'), seeds=five)
         self.row('conditions', 'every condition, 900 steps', base, '--features', *seen, measure=('--protocol', 'within-condition'), seeds=five, steps=900)
         for what, f in ('colours at the predicted depth', 'rgb'), ('BEV features', 'bev'), ('colours on LiDAR points', 'rgb_lidar'):
-            self.row('modal', f'{what}, LiDAR', base, '--modalities', f, 'lidar', measure=('--protocol', 'cross-modality'), amp=(), steps=900)
+            self.row('modal', f'{what}, LiDAR', base, '--modalities', f, 'lidar', measure=('--protocol', 'cross-modality'), amp=(), steps=900, seeds=five)
         self.again('across', 'conditions', 'across', '--protocol', 'cross-condition')
         self.again('choice', 'crop', 'val', '--split', 'val', '--bare')
         self.same('tried', '24 m, 0.5 m cells, cosine-softmax', 'choice', '24 m, 0.5 m cells, layers')
