@@ -18,7 +18,7 @@ from .fit import from_plain, plain, write_atomic, write_json
 from .occ_kernels import FREE, OccGrid, vote, voxel_centres
 from .occ_scene import CLASSES, RAW2CLASS, OccConfig
 
-# %% ../nbs/23c_occ_files.ipynb #51449341
+# %% ../nbs/23c_occ_files.ipynb #003d0886
 def write_labels(
     path, # `labels.npz`
     semantics:UInt8[np.ndarray, "x y z"], # Class, 17 for free
@@ -43,7 +43,7 @@ def read_labels(
 )->dict: # semantics uint8, mask_lidar, mask_camera bool, instance uint16 (zeros in Occ3D's files); all (x y z)
     "Read the labels of a keyframe"
     path = Path(path); path = path/'labels.npz' if path.is_dir() else path
-    if not path.is_file(): raise FileNotFoundError(f"occupancy labels {path} are missing: make them with create_occupancy")
+    if not path.is_file(): raise FileNotFoundError(f"occupancy labels {path} are missing: make them with bev_reid_occ_create")
     try:
         with np.load(path) as f: out = {k: f[k] for k in f.files}
     except (ValueError, OSError, EOFError, KeyError) as e: raise ValueError(f"{path} is no labels.npz, or it is damaged: {e}") from None
@@ -120,27 +120,27 @@ def labels_to_points(
     at = np.nonzero(np.asarray(semantics).ravel() != FREE)[0]
     return voxel_centres(at, grid), np.asarray(semantics).ravel()[at]
 
-# %% ../nbs/23c_occ_files.ipynb #64ceeb22
+# %% ../nbs/23c_occ_files.ipynb #dd6d4b16
 class OccFolder:
     "Labels of a data set: `meta.json`, and `SCENE/TOKEN/labels.npz` of every keyframe"
     def __init__(self,
-        root, # Folder that `create_occupancy` wrote, or a folder of Occ3D (`gts`)
+        root, # Folder that `bev_reid_occ_create` wrote, or a folder of Occ3D (`gts`)
     ):
         self.root = Path(root)
-        if not self.root.is_dir(): raise FileNotFoundError(f"folder of occupancy labels {self.root} does not exist: make it with create_occupancy")
+        if not self.root.is_dir(): raise FileNotFoundError(f"folder of occupancy labels {self.root} does not exist: make it with bev_reid_occ_create")
         meta = self.root/'meta.json'
         try: self.meta = json.loads(meta.read_text()) if meta.exists() else {}
         except ValueError as e: raise ValueError(f"{meta} is damaged: {e}") from None
         self.cfg = from_plain(OccConfig, self.meta['config']) if 'config' in self.meta else OccConfig(grid=OccGrid.preset('occ3d'))
         self.grid, self.classes = self.cfg.grid, tuple(self.meta.get('classes', CLASSES))
         self.paths = {p.parent.name: p for p in sorted(self.root.glob('*/*/labels.npz')) if '.part' not in p.parts[-3]}
-        if not self.paths: raise FileNotFoundError(f"{self.root} holds no SCENE/TOKEN/labels.npz: was create_occupancy interrupted before its first scene?")
+        if not self.paths: raise FileNotFoundError(f"{self.root} holds no SCENE/TOKEN/labels.npz: was bev_reid_occ_create interrupted before its first scene? The same command goes on")
 
     def __len__(self): return len(self.paths)
     def __contains__(self, token): return token in self.paths
     def labels(self, token):
         "The labels of a keyframe, see `read_labels`"
-        if token not in self.paths: raise FileNotFoundError(f"{self.root} has no labels of sample {token}: label its scene with create_occupancy")
+        if token not in self.paths: raise FileNotFoundError(f"{self.root} has no labels of sample {token}: label its scene with bev_reid_occ_create")
         return read_labels(self.paths[token], self.grid)
     def instances(self, token):
         "Token of each object of the keyframe's scene; the number in `instance` counts from 1"

@@ -103,13 +103,13 @@ def occ_loss(
         parts['lovasz'] = cfg.lovasz*lovasz(rows[pick].softmax(-1), truth[pick])
     return dict(loss=sum(parts.values()), **{k: v.detach() for k, v in parts.items()})
 
-# %% ../nbs/23f_occ_model.ipynb #ab667aab
+# %% ../nbs/23f_occ_model.ipynb #9f32374b
 class OccSamples(SampleDataset):
     "Keyframes with their occupancy labels; keyframes without labels are left out"
     def __init__(self, data, tokens, folder:OccFolder, **kw):
         check_grid(kw.get('grid', BEVGrid()), folder.grid)
         here = [t for t in tokens if t in folder]
-        if not here: raise ValueError(f"none of {len(tokens)} keyframes has labels in {folder.root}: label their scenes with create_occupancy")
+        if not here: raise ValueError(f"none of {len(tokens)} keyframes has labels in {folder.root}: label their scenes with bev_reid_occ_create")
         super().__init__(data, here, **kw); self.folder = folder
 
     def __getitem__(self, i):

@@ -102,10 +102,10 @@ def label_scene(
         if cfg.camera_mask: out['mask_camera'] = camera_mask(data.frame(scene.sweeps[i].sample_token), sem, cfg.grid, stride=cfg.camera_mask)
         yield scene, scene.sweeps[i].sample_token, out
 
-# %% ../nbs/23_occupancy.ipynb #3c400c79
+# %% ../nbs/23_occupancy.ipynb #b0a9f659
 def _write_scene(data, name, cfg, out, skip_missing):
     "Label a scene in a folder that appears whole"
-    part, stats, scene = out/f'{name}.{os.getpid()}.part', dict(voxels=0, free=0, known=0), None
+    part, stats, scene = out/f'{name}.part', dict(voxels=0, free=0, known=0), None
     try:
         tokens = []
         for scene, token, labels in label_scene(data, name, cfg, skip_missing=skip_missing):
@@ -122,7 +122,7 @@ def _job(text):
     data = DrivingData(a['dataroot'], a['version'], lidar=a['lidar'])
     for name in a['scenes']: _write_scene(data, name, from_plain(OccConfig, a['config']), Path(a['out']), a['skip_missing']); print(name, flush=True)
 
-# %% ../nbs/23_occupancy.ipynb #a89485d5
+# %% ../nbs/23_occupancy.ipynb #98087f66
 def create_occupancy(
     data:DrivingData,
     out, # Folder of the labels
@@ -148,6 +148,7 @@ def create_occupancy(
     share = names[rank::world][:limit or None]
     todo = [n for n in share if not (out/n/'scene.json').exists()]
     out.mkdir(parents=True, exist_ok=True)
+    for n in share: shutil.rmtree(out/f'{n}.part', ignore_errors=True)                     # what a killed process left
     if not meta.exists(): write_json(meta, {**config, 'dataroot': str(data.dataroot), 'free': FREE})
     with tqdm(total=len(share), initial=len(share)-len(todo), desc='occupancy, scenes', disable=not progress) as bar:
         if min(workers, len(todo)) <= 1:
