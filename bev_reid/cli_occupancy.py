@@ -169,7 +169,7 @@ def _write_meta(out, grid, source):
     if meta.exists(): check_same_config(json.loads(meta.read_text()), new, out)
     else: write_json(meta, new)
 
-# %% ../nbs/23i_occ_verbs.ipynb #a92aa9bb
+# %% ../nbs/23i_occ_verbs.ipynb #1f1c5dad
 @verb
 def bev_reid_occ_show(
     dataroot:str, # Data set in nuScenes format
@@ -183,17 +183,17 @@ def bev_reid_occ_show(
     import matplotlib.pyplot as plt
     from bev_reid.data import DrivingData
     from bev_reid.occ_files import OccFolder
-    from bev_reid.occ_show import show_errors, show_in_camera, show_slices, show_voxels
+    from bev_reid.occ_show import class_legend, show_errors, show_in_camera, show_slices, show_voxels
     from bev_reid.viz import new_axes
     data, folder = DrivingData(dataroot), _masked(OccFolder(labels), mask)
     token = sample or sorted(folder.paths, key=lambda t: folder.paths[t])[len(folder)//2]
     l, frame, base, made = folder.labels(token), data.frame(token), Path(out), []
     seen = None if mask == 'none' else l[f'mask_{mask}']
     def keep(name, fig): p = base.with_name(f'{base.stem}{name}{base.suffix or ".png"}'); p.parent.mkdir(parents=True, exist_ok=True); fig.savefig(p, dpi=110); plt.close(fig); made.append(str(p))
-    keep('', show_voxels(l['semantics'], folder.grid, mask=seen, title=f'{frame.scene_name}, mask: {mask}').figure)
+    ax = show_voxels(l['semantics'], folder.grid, mask=seen, ax=new_axes(size=(9, 6))[0, 0], title=f'{frame.scene_name}, mask: {mask}'); class_legend(ax.figure, l['semantics']); keep('', ax.figure)
     keep('-slices', show_slices(l['semantics'], folder.grid, mask=seen)[0].figure)
     if folder.grid.frame == 'ego' and frame.cams:
-        axes = new_axes(1, min(3, len(frame.cams)), size=(4, 2.4))[0]
+        h, w = frame.img_sizes[0].tolist(); axes = new_axes(1, min(3, len(frame.cams)), size=(4, 4*h/w+.1))[0]
         for i, ax in enumerate(axes): show_in_camera(data.image(frame.img_paths[i]), l['semantics'], folder.grid, frame.intrins[i], frame.cam2ego[i], mask=l['mask_camera'], ax=ax)
         keep('-cameras', axes[0].figure)
     if run:
@@ -205,7 +205,7 @@ def bev_reid_occ_show(
     print(*made, sep='\n')
     return made
 
-# %% ../nbs/23i_occ_verbs.ipynb #909b4a1e
+# %% ../nbs/23i_occ_verbs.ipynb #a11c575d
 @verb
 def bev_reid_occ_shapes(
     dataroot:str, # Data set in nuScenes format, with LiDAR
@@ -216,19 +216,21 @@ def bev_reid_occ_shapes(
     out:str='', # Picture of a gallery: one sweep, the window, the whole track
     skip_missing:bool=False, # Leave out sweeps that cannot be read
 ):
-    "Rank vehicles by their shape under the leakage rule, beside the leak that the rule forbids"
+    "Rank vehicles by their shape under the leakage rule, beside the annotated size of their boxes"
     import numpy as np
     from bev_reid.data import DrivingData
+    from bev_reid.evaluate import box_size_features
     from bev_reid.occ_shapes import ShapeBank, ShapeConfig, shape_descriptor, shape_ranking
     data, rows, banks = DrivingData(dataroot), {}, []
     for name in data.split_scenes(split): banks.append(ShapeBank(data, name, categories=classes, skip_missing=skip_missing))
-    for label, cfg, size in (('one sweep', ShapeConfig(window=0), False), (f'{window:g} s', ShapeConfig(window=window), False), (f'{window:g} s, mirrored', ShapeConfig(window=window, symmetry=True), False), (f'{window:g} s, with the annotated size (a leak)', ShapeConfig(window=window), True)):
+    for label, cfg in (('one sweep', ShapeConfig(window=0)), (f'{window:g} s', ShapeConfig(window=window)), (f'{window:g} s, mirrored', ShapeConfig(window=window, symmetry=True)), ('annotated box size alone (a leak)', ShapeConfig(window=window))):
         shapes = [s for b in banks for s in b.sightings(cfg)]
         if len(shapes) < 2: raise ValueError(f"{label}: {len(shapes)} sightings have points enough to be ranked; take a longer --window or more scenes")
-        r = shape_ranking(shapes, np.stack([shape_descriptor(s, size=size) for s in shapes]), min_gap=min_gap); ok = r.n_matches > 0
+        size = 'size' in label; x = box_size_features([s.wlh for s in shapes]) if size else np.stack([shape_descriptor(s) for s in shapes])
+        r = shape_ranking(shapes, x, min_gap=min_gap, metric='euclidean' if size else 'cosine'); ok = r.n_matches > 0
         if not ok.any(): raise ValueError(f"{label}: no vehicle is seen twice, {min_gap:g} s apart and with no sweep in common; lower --min_gap or --window")
         rows[label] = dict(rank1=float((r.first[ok] == 1).mean()), mAP=float(np.nanmean(r.ap)), queries=int(ok.sum()), coverage=float(np.median([s.coverage for s in shapes])))
-        print(f"{label:42} rank-1 {rows[label]['rank1']:.2f}  mAP {rows[label]['mAP']:.2f}  queries {ok.sum()}  median coverage {rows[label]['coverage']:.2f}")
+        print(f"{label:34} rank-1 {rows[label]['rank1']:.2f}  mAP {rows[label]['mAP']:.2f}  queries {ok.sum()}  median coverage {rows[label]['coverage']:.2f}")
     if out: _gallery(banks, ShapeConfig(window=window), out)
     return rows
 

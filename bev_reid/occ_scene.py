@@ -125,15 +125,20 @@ def read_sweep(
     keep = ~((side[:, 0] < ego[0]) & (side[:, 1] < ego[1])) & (cls != 254)
     return p[keep, :3] @ sweep.pose[:3, :3].astype(np.float32).T+sweep.pose[:3, 3].astype(np.float32), cls[keep]
 
-# %% ../nbs/23b_occ_scene.ipynb #e1e32b6d
-def to_box_frame(points, box):
-    "Points (n 3) of the scene in the frame of a box: x along its heading, origin at its centre"
+# %% ../nbs/23b_occ_scene.ipynb #3b13455f
+def to_box_frame(
+    points:Float[np.ndarray, "n 3"], # Metres
+    box:Float[np.ndarray, "7"], # x y z, width length height (m), yaw (rad), in the frame of the points
+)->Float[np.ndarray, "n 3"]: # Metres; x along the heading, y left, z up, origin at the centre of the box
+    "Points in the frame of a box"
     c, s = np.cos(box[6]), np.sin(box[6])
     p = points.astype(np.float64)-box[:3]
     return np.stack([p[:, 0]*c+p[:, 1]*s, p[:, 1]*c-p[:, 0]*s, p[:, 2]], 1).astype(np.float32)
 
-def box_pose(box):
-    "Pose (4 4) of a box frame in the frame of the box's numbers"
+def box_pose(
+    box:Float[np.ndarray, "7"], # x y z, width length height (m), yaw (rad)
+)->Float[np.ndarray, "4 4"]: # In the frame of the box's numbers
+    "Pose of the frame of a box"
     c, s, m = np.cos(box[6]), np.sin(box[6]), np.eye(4)
     m[:2, :2], m[:3, 3] = [[c, -s], [s, c]], box[:3]
     return m
@@ -153,12 +158,11 @@ def split_sweep(
     owner = assign_points(points, boxes[here], margin=cfg.margin, clearance=cfg.clearance, backend=backend)
     low = np.nonzero(owner == -2)[0]
     if still is not None and len(low): owner[low[assign_points(points[low], boxes[here[~still[here]]], margin=cfg.margin, backend=backend) == -1]] = -1
-    stuff = np.isin(cls, STUFF)
+    stuff = (cls >= STUFF[0]) & (cls <= STUFF[-1])
     world = ((owner == -1) & (stuff | (cls == 255) | (cls == 0))) | ((owner != -1) & stuff)
-    objects = {}
-    for i in np.unique(owner[owner >= 0]):
-        if state[k := here[i]] == 1 and len(p := points[(owner == i) & ~stuff]): objects[int(k)] = to_box_frame(p, boxes[k])
-    return points[world], cls[world], objects
+    mine = np.nonzero((owner >= 0) & ~stuff)[0]; mine = mine[np.argsort(owner[mine], kind='stable')]
+    who, at = np.unique(owner[mine], return_index=True)
+    return points[world], cls[world], {int(here[i]): to_box_frame(points[part], boxes[here[i]]) for i, part in zip(who, np.split(mine, at[1:])) if state[here[i]] == 1}
 
 # %% ../nbs/23b_occ_scene.ipynb #3a69bb76
 @dataclass(eq=False)

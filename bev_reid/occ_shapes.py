@@ -157,7 +157,7 @@ def check_no_leak(
         both = sorted(set(query[q].sweeps) & set(gallery[g].sweeps))
         raise ValueError(f"{shared.sum()} pairs of query and gallery share a sweep (the first is {both[0]}, instances {query[q].instance_token} and {gallery[g].instance_token}): take windows that do not overlap")
 
-# %% ../nbs/23e_occ_shapes.ipynb #f74f7133
+# %% ../nbs/23e_occ_shapes.ipynb #f0d0550c
 def shape_descriptor(
     shape:Shape,
     *,
@@ -176,6 +176,7 @@ def shape_ranking(
     *,
     identities=None, # Identity of each; its instance where None
     min_gap:float=2., # Sightings of one scene nearer in time than this are junk, seconds
+    metric:str='cosine', # `cosine` or `euclidean`
 ): # Result of `rank_matches`; raises ValueError where the rule is broken
     "Rank sightings by what they look like, no sweep on both sides"
     x = np.stack([shape_descriptor(s) for s in shapes]) if features is None else np.asarray(features)
@@ -184,7 +185,7 @@ def shape_ranking(
     junk = shared_sweeps(shapes, shapes) | ((scene[:, None] == scene) & (np.abs(time[:, None]-time) < min_gap-1e-6))
     check_no_leak(shapes, shapes, junk)
     from bev_reid.ranking import LazyDistances
-    return rank_matches(LazyDistances(x.astype(np.float32), x.astype(np.float32)), ids, ids, junk=junk)
+    return rank_matches(LazyDistances(x.astype(np.float32), x.astype(np.float32), metric=metric), ids, ids, junk=junk)
 
 # %% ../nbs/23e_occ_shapes.ipynb #ff7cf4c1
 def shape_channels(

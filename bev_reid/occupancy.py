@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['keyframe_parts', 'lidar_mask', 'camera_rays', 'camera_mask', 'label_scene', 'create_occupancy']
 
-# %% ../nbs/23_occupancy.ipynb #550585e5
+# %% ../nbs/23_occupancy.ipynb #6e39b614
 import json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from tqdm.auto import tqdm
 
 from .data import DrivingData
@@ -33,7 +33,7 @@ def keyframe_parts(
     to_grid = np.linalg.inv(scene.sweeps[i].ego if cfg.grid.frame == 'ego' else scene.sweeps[i].pose)
     return [(points, cls, 0, to_grid)]+[(p, scene.classes[k], k+1, to_grid @ box_pose(scene.boxes[i, k])) for k, p in objects.items() if scene.state[i, k] == 1]
 
-# %% ../nbs/23_occupancy.ipynb #c90cbdb9
+# %% ../nbs/23_occupancy.ipynb #73e1bbef
 def lidar_mask(
     scene,
     i:int, # Number of the keyframe's sweep
@@ -65,7 +65,13 @@ def camera_rays(
         out.append((pose[:3, 3].numpy(), unproject(uvd, K, pose).numpy().astype(np.float32)))
     return out
 
-def camera_mask(frame, semantics, grid, *, stride=8)->Bool[np.ndarray, "x y z"]:
+def camera_mask(
+    frame, # `Frame` of the data room
+    semantics:UInt8[np.ndarray, "x y z"],
+    grid:OccGrid,
+    *,
+    stride:int=8, # One ray per so many pixels
+)->Bool[np.ndarray, "x y z"]:
     "Voxels that the cameras of a keyframe see"
     return trace_rays(camera_rays(frame, grid, stride=stride), grid, solid=np.asarray(semantics) != FREE)
 
