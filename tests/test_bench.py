@@ -23,6 +23,7 @@ BOUNDS = dict(
     start=[('tables', 'devkit', .8)],
     rle=[('RRLE on 64', 'published', 1.5), ('MRLE on 64', 'published', 1.2)],
     sequences=[('mean of pairs', 'published', 40), ('chamfer', 'cdist', 3)],
+    occupancy=[('majority vote', 'sort rows', 1.3), ('mIoU', 'masks', 30), ('points to boxes', 'box by box', 10)],
     toy=[])
 
 @pytest.fixture(scope='module', params=BOUNDS)
