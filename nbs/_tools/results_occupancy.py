@@ -137,7 +137,8 @@ def main():
     a = p.parse_args(); kw = QUICK if a.quick else WORLD; base = ROOT/'demo'/('occupancy_quick' if a.quick else 'occupancy')
     a.n = 1 if a.quick else 4
     a.world = Path(a.world) if a.world else make_toy(base/'world', workers=1, **kw)
-    if 'miou' in a.only and not a.labels: a.labels = base/'labels'; create_occupancy(DrivingData(a.world), a.labels, OccConfig(grid=OccGrid.preset('toy'), ground=True, camera_mask=2))
+    own, a.labels = not a.labels, Path(a.labels or base/'labels')
+    if 'miou' in a.only and (own or not a.labels.exists()): create_occupancy(DrivingData(a.world), a.labels, OccConfig(grid=OccGrid.preset('toy'), ground=True, camera_mask=2))
     out = json.loads(a.out.read_text()) if a.out.exists() else {}
     for name in a.only:
         t = time.process_time(); got = TABLES[name](a)
