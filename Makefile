@@ -20,7 +20,7 @@ docs: $(VENV)/.stamp-docs
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python nbs/_tools/bench
 
-# About two hours on two cores; interrupted, it goes on
+# About three hours on two cores; interrupted, it goes on
 results: $(VENV)/.stamp-dev
 	$(BIN)/python nbs/_tools/results.py
 	$(BIN)/python nbs/_tools/results_rle.py

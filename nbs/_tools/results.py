@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """`make results`: train and measure every variant on one toy world, and write the tables that the page of results shows
 
-    python nbs/_tools/results.py               everything: about two hours on two cores; interrupted and called again it goes on
+    python nbs/_tools/results.py               everything: about three hours on two cores; interrupted and called again it goes on
     python nbs/_tools/results.py --only losses best      the rows of some tables, and what they need
     python nbs/_tools/results.py --list        the commands, without running them
     python nbs/_tools/results.py --quick       the same road with a tiny world and a few steps: no number of it means anything
