@@ -1,6 +1,10 @@
 "Networks that predict occupancy: where their points fall, whom they ask, and that axes, gradients and the road are whole"
+import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,3 +209,29 @@ def test_starts_from_a_camera_network(model, tmp_path):
     with pytest.raises(ValueError, match='another make'): start_cameras(wide, tmp_path/'old.pt')
     with pytest.raises(FileNotFoundError): start_cameras(net, tmp_path/'nothing')
     with pytest.raises(ValueError, match='no occupancy model'): recipe('latest')
+
+@pytest.mark.slow
+def test_the_study_runs_and_goes_on(tmp_path):
+    "Every row is there under every mask, nothing of the measured scenes was seen, and a second call computes nothing"
+    root = Path(__file__).resolve().parents[1]; out = tmp_path/'at'/'occ_models.json'
+    def go(): return subprocess.run([sys.executable, root/'nbs'/'_tools'/'results_occ_models.py', '--quick', '--at', tmp_path/'at', '--out', out], capture_output=True, text=True, cwd=root)
+    r = go(); assert r.returncode == 0, r.stderr[-2000:]
+    check_study(got := json.loads(out.read_text()))
+    r = go(); assert r.returncode == 0 and not [l for l in r.stdout.splitlines() if l.startswith(('choice', 'lss|', 'former|'))] and json.dumps(json.loads(out.read_text())) == json.dumps(got)
+
+def check_study(got):
+    "What holds for the results of any size"
+    s = got['settings']; masks = set(s['masks'])
+    assert set(got['rows']) == {'empty', 'majority', *(f'{m}|{k}' for m in s['models'] for k in s['seeds'])} and len(got['choices']) == len(s['models'])*len(s['rates'])
+    parts = [set(v) for v in got['scenes'].values()]; assert sum(map(len, parts)) == len(set.union(*parts)) and len(parts) == 3
+    for name, r in got['rows'].items():
+        assert set(r['test']) == masks
+        for m, t in r['test'].items(): assert t['mask'] == m and t['keyframes'] == got['keyframes']['test'] and t['voxels'] == got['rows']['empty']['test'][m]['voxels']
+        if 'model' in r: assert r['lr'] == max(s['rates'], key=lambda v: got['choices'][f"{r['model']}|{v:g}"]['val']['mIoU']) and r['cpu_minutes'] > 0 and 'results_occ_models.py' in r['command']
+    assert got['start'].get('of_which_in', {}).get('test', 0) == got['start'].get('of_which_in', {}).get('val', 0) == 0
+
+def test_the_kept_results_are_whole():
+    path = Path(__file__).resolve().parents[1]/'results'/'occ_models.json'
+    if not path.exists(): pytest.skip('the networks have not been measured')
+    got = json.loads(path.read_text()); check_study(got)
+    assert len(got['settings']['seeds']) >= 2 and got['settings']['steps'] >= 200 and 'TOY' in got['title']
