@@ -14,7 +14,7 @@ from fastcore.script import Param
 
 from .cli import _share, set_fields, verb
 
-# %% ../nbs/22e_scene_verbs.ipynb #2ee561be
+# %% ../nbs/22e_scene_verbs.ipynb #ae4dbf78
 def find_scenes(
     root, # Folder of a scenario, JSON file, or folder of these
 )->dict: # Name to path
@@ -30,14 +30,14 @@ def find_scenes(
 def load_candidates(path, *, min_score:float=0., steps:int=64):
     "Candidates of a scenario folder or a JSON file"
     import numpy as np
-    from bev_reid.candidates import read_candidates, read_scenario
+    from bev_reid.scene_files import read_candidates, read_scenario
     if Path(path).is_dir(): return read_scenario(path, min_score=min_score, steps=steps)
     c = read_candidates(path)
     return c.take(np.flatnonzero(c.score >= min_score))
 
 def _configs(noise, method, strict, pose_model, refine, set):
     from dataclasses import replace
-    from bev_reid.association import AssociationConfig
+    from bev_reid.hypotheses import AssociationConfig
     from bev_reid.candidates import TABLE_NOISE, NoiseModel
     from bev_reid.refinement import RefineConfig
     if noise not in ('road', 'table'): raise ValueError(f"--noise must be road (cars, tens of metres) or table (objects, one metre), got {noise!r}")
@@ -88,7 +88,7 @@ def _say(name, r):
     print(f"{name}: {'solved' if r['solved'] else 'NOT SOLVED: '+r['reason']}; {r['n_objects']} objects from {r['in_objects']} of {r['n_candidates']} candidates in {r['n_views']} views ({r['stop_reason']})")
     return r
 
-# %% ../nbs/22e_scene_verbs.ipynb #bd48ba4b
+# %% ../nbs/22e_scene_verbs.ipynb #44f36e0c
 @verb
 def bev_reid_scene_simulate(
     out:str, # Folder to write
@@ -98,7 +98,7 @@ def bev_reid_scene_simulate(
     spec:Param('What scenes are like, such as n_views=8 n_objects=20 n_classes=1 noise=2 heading=ambiguous embeddings=good', str, nargs='*')=(),
 ):
     "Make scenes with truth"
-    from bev_reid.candidates import write_candidates, write_scenario
+    from bev_reid.scene_files import write_candidates, write_scenario
     from bev_reid.scene_sim import SceneSpec, simulate_scene
     s = set_fields(SceneSpec(), spec); out = Path(out); out.mkdir(parents=True, exist_ok=True)
     for k in range(seed, seed+n):
@@ -116,7 +116,7 @@ def read_truth(path): # SceneTruth, true object of each candidate
     raw = json.loads(Path(path).read_text())
     return SceneTruth(*(None if raw[k] is None else np.array(raw[k]) for k in ('agents', 'objects', 'size', 'label', 'velocity'))), np.array(raw['candidates'])
 
-# %% ../nbs/22e_scene_verbs.ipynb #30a23fb2
+# %% ../nbs/22e_scene_verbs.ipynb #ab84c516
 def load_result(run, scene=''):
     "Scenes of a run, by name"
     from bev_reid.alignment import load_scene
@@ -141,7 +141,7 @@ def bev_reid_scene_eval(
 ):
     "Measure scenes against their truth"
     import numpy as np
-    from bev_reid.alignment import evaluate_scene
+    from bev_reid.scene_scores import evaluate_scene
     rows = {k: evaluate_scene(s, _with_truth(k, s, truth), auc_max=auc_max) for k, s in load_result(run).items()}
     mean = lambda k: float(np.mean([r[k] for r in rows.values()])); v = lambda k: [r[k] for r in rows.values() if np.isfinite(r[k])]; med = lambda k: float(np.median(v(k))) if v(k) else float('nan')
     total = {k: mean(k) for k in ('solved', 'views', 'precision', 'recall', 'missed', 'doubled', 'false')} | {k: med(k) for k in ('camera_deg', 'camera_m', 'single_m', 'single_deg', 'object_m', 'object_deg', 'add_auc', 'add_s_auc', 'ap_add_s')}
@@ -157,7 +157,7 @@ def bev_reid_scene_show(
     out:str='scene.png', # .png: from above, before and after refinement; .gif: a turn round the scene
 ):
     "Draw a scene"
-    from bev_reid.alignment import show_scene, turn_scene
+    from bev_reid.scene_show import show_scene, turn_scene
     name, s = next(iter(load_result(run, scene).items())); t = _with_truth(name, s, truth) if truth else None
     if out.endswith('.gif'): turn_scene(s, out)
     else:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from .candidates import HALF_TURN, TABLE_NOISE, BoxCandidates, NoiseModel, inv_pose, pose_of, rot_exp
 
-# %% ../nbs/22b_scene_sim.ipynb #071b486e
+# %% ../nbs/22b_scene_sim.ipynb #d71691c5
 @dataclass(frozen=True)
 class SceneSpec:
     "What a made scene is like"
@@ -27,14 +27,15 @@ class SceneSpec:
     missed:float=.1 # Share of objects that a view does not report
     false:float=1. # False boxes per view, on average
     heading:str='known' # `known`, or `ambiguous`: each heading may be turned by half a turn, and the class says so
-    embeddings:str='none' # `none`, `good` (rank-1 about 0.95 among 20) or `weak` (about 0.4)
+    embeddings:str='none' # `none`, `good` (rank-1 about 0.95 among 20), `fair` (0.7) or `weak` (0.4)
     speed:float=0. # Vehicles drive up to this fast, m/s
     time_gap:float=.2 # Seconds from one view's moment to the next, where they drive
     level:bool=False # Agents know which way is up: their axes are level and `view2agent` holds the camera's tilt
     overlap:float=1. # Share of the vehicles that each view can see at all
+    layout:str='free' # `free`, or `rows`: parked side by side at equal distances, so that a shift by one place is nearly as good
 
     def __post_init__(self):
-        for k, known in ('regime', ('road', 'table')), ('heading', ('known', 'ambiguous')), ('embeddings', ('none', 'good', 'weak')):
+        for k, known in ('regime', ('road', 'table')), ('heading', ('known', 'ambiguous')), ('embeddings', ('none', 'fair', 'good', 'weak')), ('layout', ('free', 'rows')):
             if getattr(self, k) not in known: raise ValueError(f"{k} must be one of {', '.join(known)}, got {getattr(self, k)!r}")
         if self.n_views < 1 or self.n_objects < 1: raise ValueError(f"a scene needs a view and an object, got {self.n_views} and {self.n_objects}")
         for k in ('outliers', 'missed', 'overlap'):
@@ -50,7 +51,7 @@ class SceneTruth:
     label:np.ndarray # Class of each object (o)
     velocity:np.ndarray=None # In the world (o 3), m/s
 
-# %% ../nbs/22b_scene_sim.ipynb #7e3f2847
+# %% ../nbs/22b_scene_sim.ipynb #23782c3f
 def look_at(
     eye:Float[np.ndarray, "v 3"], # Places, metres
     target:Float[np.ndarray, "v 3"], # What they look at
@@ -79,12 +80,14 @@ def _world(s, g):
     else:
         size = np.array([1.9, 4.5, 1.6])*np.exp(.08*g.normal(size=(n, 3)))
         xyz = np.c_[_place(g, n, 20, 3.), size[:, 2]/2]; R = rot_exp(g.uniform(-np.pi, np.pi, (n, 1))*[0, 0, 1])
+        if s.layout == 'rows':                                        # ten places of 2.8 m to a row, rows 14 m apart, all noses the same way but for some degrees
+            k = np.arange(n); xyz[:, 0], xyz[:, 1] = 2.8*(k % 10-(min(n, 10)-1)/2), 14*(k//10-((n-1)//10)/2); xyz[:, :2] += .1*g.normal(size=(n, 2)); R = rot_exp((np.pi/2+.03*g.normal(size=(n, 1)))*[0, 0, 1])
         r = g.uniform(28, 38, v); eye = np.c_[r*np.cos(around), r*np.sin(around), g.uniform(4, 8, v)]
     label = np.array([f'obj_{1+k%(s.n_classes or n):06d}' for k in range(n)])
     return pose_of(R, xyz), size, label, look_at(eye, g.normal(size=(v, 3))*([.05, .05, .02] if s.regime == 'table' else [2., 2, .3]))
 
-# %% ../nbs/22b_scene_sim.ipynb #2b05e059
-_SIGMA = dict(good=.8, weak=1.6)   # noise of an embedding of 32 numbers, over its length
+# %% ../nbs/22b_scene_sim.ipynb #c4c1a51f
+_SIGMA = dict(good=.8, fair=1.15, weak=1.6)   # noise of an embedding of 32 numbers, over its length
 
 def _embed(g, identity, n, kind):
     base = g.normal(size=(n, 32)); base /= np.linalg.norm(base, axis=1, keepdims=True)

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bev_reid.alignment import align_scene, auc, average_precision, evaluate_scene, load_scene, majority, pair_scores, pose_errors, read_predicted, save_scene, turn_scene, write_scene
-from bev_reid.association import AssociationConfig, Matching, agglomerate, cosypose_match, embedding_evidence, fit_poses, register_agents, relative_poses, restrict, score_poses
-from bev_reid.candidates import (HALF_TURN, TABLE_NOISE, BoxCandidates, NoiseModel, candidates_of_frames, expand_symmetries, inv_pose, move, pose_of, read_candidates, read_models, read_scenario, rot_exp, rot_log, symmetric_distance,
-                                 write_bop, write_candidates, write_scenario)
-from bev_reid.refinement import RefineConfig, _refine_C, _refine_numpy, inv_right_jacobian, make_problem, refine_scene, residuals, retract, rho
+from bev_reid.alignment import align_scene
+from bev_reid.association import agglomerate
+from bev_reid.candidates import HALF_TURN, TABLE_NOISE, BoxCandidates, NoiseModel, expand_symmetries, inv_pose, move, pose_of, rot_exp, rot_log, symmetric_distance
+from bev_reid.hypotheses import AssociationConfig, Matching, chance_evidence, embedding_evidence, fit_poses, relative_poses, restrict, score_poses
+from bev_reid.refinement import RefineConfig, inv_right_jacobian
+from bev_reid.scene_files import read_candidates, read_models, read_scenario, write_candidates, write_scenario
+from bev_reid.scene_scores import evaluate_scene, pair_scores
 from bev_reid.scene_sim import SceneSpec, look_at, simulate_scene
 
 root = Path(__file__).resolve().parents[1]
@@ -257,3 +259,20 @@ def test_scenes_that_cannot_be(make, says):
 @pytest.mark.parametrize('make, says', [(lambda: AssociationConfig(pose_model='se2'), 'se3, yaw4, bev3'), (lambda: RefineConfig(loss='cauchy'), 'l2, huber'), (lambda: AssociationConfig(min_inliers=1), 'at least 2'), (lambda: SceneSpec(missed=2), 'between 0 and 1')])
 def test_bad_configs_are_named(make, says):
     with pytest.raises(ValueError, match=says): make()
+
+
+def strangers(seed):
+    "View 0 of one street and view 1 of another: nothing is shared"
+    a, b = (simulate_scene(SceneSpec(n_views=2, n_objects=20, n_classes=1), seed=s)[0] for s in (2*seed, 2*seed+1)); x, y = a.take(np.flatnonzero(a.view == 0)), b.take(np.flatnonzero(b.view == 1))
+    return a, BoxCandidates(np.concatenate([x.pose, y.pose]), np.r_[x.view, y.view], np.concatenate([x.size, y.size]), np.r_[x.label, y.label])
+
+def test_strangers_do_not_find_each_other():
+    got = [[align_scene(c) for c in strangers(seed)] for seed in range(12)]
+    assert not any((two.group >= 0).any() for _, two in got) and sum(one.solved for one, _ in got) >= 10
+
+def test_chance_is_far_below_a_true_pose_and_near_a_false_one():
+    over = []
+    for seed in range(12):
+        for c in strangers(seed): m = Matching(c, AssociationConfig()); over.append(relative_poses(m, 0, 1)[0].score-chance_evidence(m, 0, 1))
+    assert np.median(over[::2]) > 15 and abs(np.median(over[1::2])) < 4
+    before = m.pose.copy(), m.center.copy(), m.points.copy(); chance_evidence(m, 0, 1); assert all((p == q).all() for p, q in zip(before, (m.pose, m.center, m.points)))

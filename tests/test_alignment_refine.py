@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bev_reid.alignment import align_scene, auc, average_precision, evaluate_scene, load_scene, majority, object_errors, pair_scores, pose_errors, read_predicted, save_scene, turn_scene, write_scene
-from bev_reid.association import AssociationConfig
-from bev_reid.candidates import HALF_TURN, TABLE_NOISE, BoxCandidates, NoiseModel, candidates_of_frames, inv_pose, move, pose_of, read_scenario, rot_exp, rot_log
-from bev_reid.refinement import LOSSES, RefineConfig, _C, _refine_C, _refine_numpy, loss, make_problem, normal_equations, prior_residual, refine_scene, residuals, retract, rho
-from bev_reid.scene_sim import SceneSpec, SceneTruth, simulate_scene
+from bev_reid.alignment import align_scene, load_scene, read_predicted, save_scene, write_scene
+from bev_reid.candidates import HALF_TURN, NoiseModel, inv_pose, pose_of, rot_exp, rot_log
+from bev_reid.hypotheses import AssociationConfig
+from bev_reid.refinement import LOSSES, RefineConfig, loss, make_problem, normal_equations, prior_residual, refine_scene, residuals, retract, rho, _C, _refine_C, _refine_numpy
+from bev_reid.scene_files import candidates_of_frames
+from bev_reid.scene_scores import auc, average_precision, evaluate_scene, majority, object_errors, pair_scores, pose_errors
+from bev_reid.scene_show import turn_scene
+from bev_reid.scene_sim import SceneSpec, simulate_scene
 
 root = Path(__file__).resolve().parents[1]
 needs_C = pytest.mark.skipif(_C is None, reason='the compiled extension is not built')

@@ -17,10 +17,12 @@ from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import numpy as np
 
-from bev_reid.alignment import align_scene, evaluate_scene
-from bev_reid.association import AssociationConfig
-from bev_reid.candidates import TABLE_NOISE, NoiseModel, candidates_of_frames
+from bev_reid.alignment import align_scene
+from bev_reid.hypotheses import AssociationConfig
+from bev_reid.candidates import TABLE_NOISE, NoiseModel
 from bev_reid.refinement import RefineConfig, refine_scene
+from bev_reid.scene_files import candidates_of_frames
+from bev_reid.scene_scores import evaluate_scene, pair_scores, pose_errors
 from bev_reid.scene_sim import SceneSpec, SceneTruth, simulate_scene
 
 T, ONE = dict(regime='table'), dict(n_classes=1)
@@ -119,7 +121,7 @@ def real(root, n):
     from bev_reid.data import DrivingData
     data = DrivingData(root); tokens, out = data.sample_tokens(), {}
     def measure(c, T):
-        s = align_scene(c, AssociationConfig(pose_model='yaw4')); from bev_reid.alignment import pair_scores, pose_errors
+        s = align_scene(c, AssociationConfig(pose_model='yaw4'))
         deg, m = pose_errors(s.world, T, s.group); return dict(solved=s.solved, agents=int((s.group == 0).sum()), **pair_scores(s.obj, c.truth), camera_deg=float(np.median(deg)) if len(deg) else np.nan, camera_m=float(np.median(m)) if len(m) else np.nan, wrong=bool(s.solved and len(deg) and (max(deg) > 15 or max(m) > 8)))
     for name, noisy in ('as annotated', None), ('with error', NoiseModel()):
         for gap in 1, 3, 8:
