@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_models', 'read_scenario', 'write_bop', 'write_scenario', 'write_candidates', 'read_candidates',
-           'candidates_of_frames']
+           'candidates_of_frames', 'candidates_of_drive']
 
 # %% ../nbs/22a_scene_files.ipynb #6ef2f34e
 import csv
@@ -125,7 +125,7 @@ def read_candidates(path)->BoxCandidates:
     except (KeyError, TypeError, IndexError) as e: raise ValueError(f"{path}: {type(e).__name__} {e}") from e
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
 
-# %% ../nbs/22a_scene_files.ipynb #45b619da
+# %% ../nbs/22a_scene_files.ipynb #7bd2cabd
 def candidates_of_frames(
     data, # `DrivingData`
     tokens:list, # Sample tokens; one with cams=True
@@ -136,6 +136,7 @@ def candidates_of_frames(
     noise:NoiseModel|None=None, # Error to add; None: as annotated
     level:bool=False, # Give cameras level axes (x ahead, z up) as agents; their tilt is known then
     seed:int=0,
+    ids:dict|None=None, # Numbers of identities, kept from call to call
 )->tuple: # Candidates, with `truth` an integer per identity; true pose of each agent (a 4 4)
     "Candidates of real keyframes with their extrinsics hidden"
     from bev_reid.data import match_category
@@ -151,8 +152,8 @@ def candidates_of_frames(
         if cams: uv = x @ f.intrins[k].double().numpy().T; uv = uv[:, :2]/np.where(x[:, 2:] > .5, x[:, 2:], np.inf); keep &= (x[:, 2] > .5) & (uv >= 0).all(1) & (uv < f.img_sizes[k].flip(0).numpy()).all(1)
         parts += [(k, f.categories[i], f.instance_tokens[i], pose[i], boxes[i, 3:6]) for i in np.flatnonzero(keep)]
     if not parts: raise ValueError(f"no box of {patterns} within {radius} m in samples {tokens[:3]}")
-    view, label, token, pose, size = zip(*parts); ids = {t: i for i, t in enumerate(dict.fromkeys(token))}; T_view = np.array(T_view)
-    c = BoxCandidates(np.array(pose), view, np.array(size), label, views=views, truth=[ids[t] for t in token], K=f0.intrins.double().numpy() if cams else None, scene=f0.scene_name)
+    view, label, token, pose, size = zip(*parts); ids = {} if ids is None else ids; T_view = np.array(T_view)
+    c = BoxCandidates(np.array(pose), view, np.array(size), label, views=views, truth=[ids.setdefault(t, len(ids)) for t in token], K=f0.intrins.double().numpy() if cams else None, scene=f0.scene_name)
     if noise is not None:
         e = np.einsum('nij,nj->ni', np.linalg.cholesky(noise.cov(c)), np.random.default_rng(seed).normal(size=(len(c), 6)))
         c = replace(c, pose=pose_of(c.pose[:, :3, :3] @ rot_exp(e[:, 3:]), c.pose[:, :3, 3]+e[:, :3]))
@@ -160,3 +161,24 @@ def candidates_of_frames(
         ahead = T_view[:, :3, 2]; flat = rot_exp(np.arctan2(ahead[:, 1], ahead[:, 0])[:, None]*[0, 0, 1])
         T_agent = pose_of(flat, T_view[:, :3, 3]); c = replace(c, view2agent=inv_pose(T_agent) @ T_view); return c, T_agent
     return c, T_view
+
+# %% ../nbs/22a_scene_files.ipynb #45c52678
+def candidates_of_drive(
+    data, # `DrivingData`
+    tokens:list, # Sample tokens of one scene, in order
+    *,
+    noise:NoiseModel|None=None, # Error to add; None: as annotated
+    seed:int=0,
+    **kw, # For `candidates_of_frames`
+)->tuple: # Candidates, one view per camera and keyframe; camera of each view (v); pose of the car at each view in the world (v 4 4); true level pose of each camera in the car (c 4 4)
+    "Candidates of all cameras of a drive with the cameras' poses hidden"
+    parts, ids, motion = [], {}, []
+    for k, t in enumerate(tokens):
+        W = data.frame(t).ego2global.double().numpy(); ref = np.linalg.inv(W) if k == 0 else ref
+        try: c, T = candidates_of_frames(data, [t], cams=True, level=True, noise=noise, seed=seed+k, ids=ids, **kw)
+        except ValueError: continue                                              # nobody in sight
+        parts.append(c); motion.append(ref @ W)
+    if not parts: raise ValueError(f"no camera sees a vehicle in {len(tokens)} samples")
+    cat, n = lambda k: np.concatenate([getattr(c, k) for c in parts]), len(parts[0].views)
+    out = BoxCandidates(cat('pose'), np.concatenate([c.view+k*n for k, c in enumerate(parts)]), cat('size'), cat('label'), views=tuple(f'{v} {k}' for k in range(len(parts)) for v in parts[0].views), view2agent=cat('view2agent'), K=cat('K'), truth=cat('truth'), scene=parts[0].scene)
+    return out, np.tile(np.arange(n), len(parts)), np.repeat(motion, n, 0), T
