@@ -116,7 +116,7 @@ def read_truth(path): # SceneTruth, true object of each candidate
     raw = json.loads(Path(path).read_text())
     return SceneTruth(*(None if raw[k] is None else np.array(raw[k]) for k in ('agents', 'objects', 'size', 'label', 'velocity'))), np.array(raw['candidates'])
 
-# %% ../nbs/22e_scene_verbs.ipynb #ab84c516
+# %% ../nbs/22e_scene_verbs.ipynb #f8d48fd3
 def load_result(run, scene=''):
     "Scenes of a run, by name"
     from bev_reid.alignment import load_scene
@@ -154,12 +154,13 @@ def bev_reid_scene_show(
     run:str, # Folder of bev_reid_scene_run
     truth:str='', # Folder of bev_reid_scene_simulate: colours right and wrong matches
     scene:str='', # Name of the scene; the first where left out
-    out:str='scene.png', # .png: from above, before and after refinement; .gif: a turn round the scene
+    out:str='scene.png', # .png: from above, before and after refinement; .gif: a turn round the scene; .ply: a mesh
 ):
     "Draw a scene"
-    from bev_reid.scene_show import show_scene, turn_scene
+    from bev_reid.scene_show import show_scene, turn_scene, write_ply
     name, s = next(iter(load_result(run, scene).items())); t = _with_truth(name, s, truth) if truth else None
     if out.endswith('.gif'): turn_scene(s, out)
+    elif out.endswith('.ply'): write_ply(s, out)
     else:
         import matplotlib.pyplot as plt
         from bev_reid.viz import new_axes

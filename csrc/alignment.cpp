@@ -377,10 +377,10 @@ void refine_scene(py::array A_, py::array X_, py::array V, py::array M, py::arra
                     p.measured[size_t(k * S + s) * 16 + 2 * c] = x.x[0] / z, p.measured[size_t(k * S + s) * 16 + 2 * c + 1] = x.x[1] / z;
                 }
         }
-    std::vector<Pose> a, x, b, y;
+    std::vector<Pose> a, x;
     for (int64_t i = 0; i < na; ++i) a.push_back(load(A + 16 * i));
     for (int64_t i = 0; i < no; ++i) x.push_back(load(X + 16 * i));
-    b = a, y = x;
+    std::vector<Pose> b(a), y(x);
     std::vector<double> xa, xo;
     Normal N;
     int n_iter = 0, why = 0, n_hist = 0;

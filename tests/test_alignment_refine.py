@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from bev_reid.alignment import align_scene, load_scene, read_predicted, save_scene, write_scene
-from bev_reid.candidates import HALF_TURN, NoiseModel, inv_pose, pose_of, rot_exp, rot_log
+from bev_reid.candidates import HALF_TURN, NoiseModel, inv_pose, move, pose_of, rot_exp, rot_log
 from bev_reid.hypotheses import AssociationConfig
 from bev_reid.refinement import LOSSES, RefineConfig, loss, make_problem, normal_equations, prior_residual, refine_scene, residuals, retract, rho, _C, _refine_C, _refine_numpy
-from bev_reid.scene_files import candidates_of_frames
+from bev_reid.scene_files import candidates_of_drive, candidates_of_frames
 from bev_reid.scene_scores import auc, average_precision, evaluate_scene, majority, object_errors, pair_scores, pose_errors
-from bev_reid.scene_show import turn_scene
+from bev_reid.rig import find_rig
+from bev_reid.scene_show import turn_scene, write_ply
 from bev_reid.scene_sim import SceneSpec, simulate_scene
 
 root = Path(__file__).resolve().parents[1]
@@ -228,3 +229,34 @@ def test_real_keyframes_find_each_other():
         c, T = candidates_of_frames(data, tokens[i:i+2], noise=NoiseModel(), seed=i); s = align_scene(c, AssociationConfig(pose_model='yaw4')); d, m = pose_errors(s.world, T, s.group)
         solved += s.solved; bad += s.solved and (max(d) > 5 or max(m) > 3)
     assert bad == 0 and solved >= 2
+
+
+# Meshes and rigs
+
+def test_mesh_has_every_box_and_view(tmp_path):
+    s, _ = aligned(); text = write_ply(s, tmp_path/'s.ply').read_text().splitlines(); n = 8*10+5*4; assert f'element vertex {n}' in text and f'element face {12*10+6*4}' in text
+    start = text.index('end_header')+1; xyz = np.array([l.split()[:3] for l in text[start:start+n]], float); corners = move(s.state.objects[0], s.candidates.points[s.obj == 0].mean(0))
+    np.testing.assert_allclose(xyz[:8], corners, atol=2e-5); np.testing.assert_allclose(xyz[80], s.world[0][:3, 3], atol=1e-5)
+    faces = np.array([l.split() for l in text[start+n:]], int); assert (faces[:, 0] == 3).all() and faces[:, 1:].max() == n-1
+    empty = replace(s, state=None)
+    with pytest.raises(ValueError, match='nothing to write'): write_ply(empty, tmp_path/'e.ply')
+
+@pytest.mark.skipif(not DATA.exists(), reason=f'{DATA} is not there')
+def test_rig_of_a_real_drive():
+    "Six cameras that share next to nothing at one moment; the whole drive tells where they are"
+    from bev_reid.data import DrivingData
+    data = DrivingData(DATA); tokens = data.sample_tokens(); c, cam, motion, true = candidates_of_drive(data, tokens, noise=NoiseModel(), radius=80.); rig = find_rig(c, cam, motion); deg, m = pose_errors(rig.cams, true, rig.group)
+    assert rig.group.tolist() == [0]*6 and max(deg) < 4 and max(m) < 1.6 and np.median(m) < .8 and min(rig.shared) >= 3
+    alone = find_rig(c.take(np.flatnonzero(cam[c.view] != 3)), cam, motion); assert alone.group[3] == -1 and alone.reason[3] and np.isnan(alone.cams[3]).all()
+    with pytest.raises(ValueError, match='as many cameras'): find_rig(c, cam[:-1], motion)
+
+@pytest.mark.skipif(not DATA.exists(), reason=f'{DATA} is not there')
+def test_cameras_of_one_keyframe_are_not_put_together_by_chance():
+    from bev_reid.data import DrivingData
+    data = DrivingData(DATA); tokens = data.sample_tokens(); wrong = []
+    for i in range(0, 42, 6):
+        try: c, T = candidates_of_frames(data, [tokens[i]], cams=True, level=True)
+        except ValueError: continue
+        s = align_scene(c, AssociationConfig(pose_model='yaw4')); assert not s.solved and s.reason
+        for g in range(s.group.max()+1): deg, m = pose_errors(s.world, T, np.where(s.group == g, 0, -1)); wrong += [i]*bool(len(deg) and (max(deg) > 15 or max(m) > 8))
+    assert wrong == []
