@@ -24,7 +24,10 @@ bench: $(VENV)/.stamp-dev
 results: $(VENV)/.stamp-dev
 	$(BIN)/python nbs/_tools/results.py
 	$(BIN)/python nbs/_tools/results_rle.py
-	$(BIN)/python nbs/_tools/results_sequences.py
+	$(BIN)/python nbs/_tools/results_sequences.py --run demo/standard/runs/conditions_every_condition_s? --dataset demo/standard/data/base
+	$(BIN)/python nbs/_tools/results_alignment.py
+	$(BIN)/python nbs/_tools/results_occupancy.py
+	$(BIN)/python nbs/_tools/results_occ_models.py
 
 # Runs every notebook and stores its outputs; name some with NB="06_lss 07_crops", flags with FLAGS="--flags nuscenes"
 outputs: $(VENV)/.stamp-docs

@@ -211,6 +211,7 @@ def main():
         return
     failed = []
     with tempfile.TemporaryDirectory() as tmp:
+        os.environ.pop('MPLBACKEND', None) # with Agg, as tests set it, no figure would reach the notebook
         os.environ.update(environment(Path(tmp)))
         for q in paths:
             print(f'{q.relative_to(NBS)} ...', end=' ', flush=True)
