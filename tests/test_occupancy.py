@@ -242,18 +242,22 @@ def test_training_resumes_and_is_scored(made, tmp_path):
     from bev_reid.geometry import BEVGrid
     from bev_reid.lss import LSSConfig
     from bev_reid.occ_model import OccRecipe, baselines, eval_occ, load_occ, occ_samples, train_occ
+    small = dict(appearance=0, bev_channels=16, trunk='b0', pretrained=False, frozen_blocks=0, img_size=(64, 96), stride=16, bev_widths=(16, 16, 16), bev_up=16, cam_channels=8, up_channels=16)
     data, folder = made
-    lss = LSSConfig.recipe('toy', appearance=0, bev_channels=16, trunk='b0', pretrained=False, frozen_blocks=0, img_size=(64, 96), stride=16, bev_widths=(16, 16, 16), bev_up=16, cam_channels=8, up_channels=16)
+    assert 'mIoU' not in train_occ(data, folder, tmp_path/'none', replace(OccRecipe.recipe('toy', lss=LSSConfig.recipe('toy', **small)), fit=replace(OccRecipe.recipe('toy').fit, max_steps=1)), device='cpu')['metrics'] # no scene to validate on, and the test scenes are not looked at
+    root = Path(shutil.copytree(data.dataroot, tmp_path/'w')); splits = json.loads((f := root/'v1.0-toy'/'splits.json').read_text())
+    f.write_text(json.dumps({**splits, 'val': splits['test'], 'test': []})); data = DrivingData(root)
+    lss = LSSConfig.recipe('toy', **small)
     r = OccRecipe.recipe('toy', lss=lss); r = replace(r, fit=replace(r.fit, max_steps=2, checkpoint_every=1), loss=replace(r.loss, lovasz_voxels=2000))
     out = train_occ(data, folder, tmp_path/'run', r, device='cpu')
     assert out['step'] == 2 and 0 <= out['metrics']['mIoU'] <= 1
     model, again = load_occ(tmp_path/'run')
     assert again.loss == r.loss and again.lss == r.lss
-    test = occ_samples(data, folder, 'test', r)
+    test = occ_samples(data, folder, 'val', r)
     rows = {n: eval_occ(m, test) for n, m in (('network', model), *baselines(folder, data.sample_tokens('train')).items())}
     assert abs(rows['network']['mIoU']-out['metrics']['mIoU']) < 1e-9
     assert rows['empty']['mIoU'] == 0 and rows['empty']['voxels'] == rows['network']['voxels'] == rows['majority']['voxels'] and rows['majority']['geometric'] > .1
-    with pytest.raises(ValueError, match='the network'): occ_samples(data, folder, 'test', replace(r, grid=OccGrid()))
+    with pytest.raises(ValueError, match='the network'): occ_samples(data, folder, 'val', replace(r, grid=OccGrid()))
 
 def test_one_voxel_stays_where_it_is(toy_root, tmp_path):
     "One point, off every axis, on a grid without symmetry: a LiDAR file, labels, the lift of a camera, the head and three pictures agree about its place"
