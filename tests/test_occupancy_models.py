@@ -235,3 +235,11 @@ def test_the_kept_results_are_whole():
     if not path.exists(): pytest.skip('the networks have not been measured')
     got = json.loads(path.read_text()); check_study(got)
     assert len(got['settings']['seeds']) >= 2 and got['settings']['steps'] >= 200 and 'TOY' in got['title']
+
+def test_the_kept_tables_come_from_the_script_as_it_stands(monkeypatch):
+    root = Path(__file__).resolve().parents[1]; monkeypatch.syspath_prepend(str(root/'nbs'/'_tools'))
+    import results_occupancy as script
+    kept = json.loads((root/'results'/'occupancy.json').read_text())
+    assert set(kept) == set(script.TABLES)
+    for part in kept.values(): assert all(part['world'][k] == (list(v) if isinstance(v, tuple) else v) for k, v in script.WORLD.items() if k in part['world']) and {'n_scenes', 'seed'} <= part['world'].keys()
+    assert (kept['reid']['result']['window_s'], kept['reid']['result']['min_gap_s']) == (script.WINDOW, script.GAP) and len(kept['agreement']['result']) == 4
