@@ -54,14 +54,14 @@ def show_scene(
 def _box(ax, T, size, **kw):
     p = move(T, box_points(size[None])[0, [0, 1, 2, 3, 0]]); ax.plot(*p[:, :2].T, **kw); front = p[:2].mean(0); ax.plot(*np.stack([T[:3, 3], front])[:, :2].T, **kw)
 
-# %% ../nbs/22g_scene_show.ipynb #7111d0df
+# %% ../nbs/22g_scene_show.ipynb #0c2b7b36
 def turn_scene(
     scene, # `AlignedScene`
     path, # .gif
     *,
     frames:int=36, # Pictures of one turn
     size:float=3.6, # Inches
-    up=(0, 0, 1.), # Direction that is up, in the axes of the world; the first view's -y for cameras
+    up=None, # Direction that is up, in the axes of the world; None: where the z axes of the objects point on average
 )->Path:
     "Write an animated turn round a scene"
     import io
@@ -69,13 +69,15 @@ def turn_scene(
     from PIL import Image
     from bev_reid.viz import id_colors
     if scene.state is None: raise ValueError(f"there is nothing to turn round: {scene.reason}")
+    mean = np.mean([r['T'][:3, 2] for r in object_rows(scene)], 0)
+    if up is None: up = mean if np.linalg.norm(mean) > .5 else (0, 0, 1.)          # objects that lie any way have no common up
     c = scene.candidates; z = np.asarray(up, float)/np.linalg.norm(up); x = np.cross([0, 1, 0] if abs(z[1]) < .9 else [0, 0, 1], z); x /= np.linalg.norm(x); R = np.stack([x, np.cross(z, x), z])
-    fig = plt.figure(figsize=(size, size), dpi=80); ax = fig.add_subplot(projection='3d'); loop = [0, 1, 2, 3, 0, 4, 5, 6, 7, 4, 5, 1, 2, 6, 7, 3]
+    fig = plt.figure(figsize=(size, size), dpi=80); ax = fig.add_axes((0, 0, 1, 1), projection='3d'); loop = [0, 1, 2, 3, 0, 4, 5, 6, 7, 4, 5, 1, 2, 6, 7, 3]
     for r in object_rows(scene): p = move(r['T'], box_points(c.size[scene.obj == r['obj']].mean(0)[None])[0])[loop] @ R.T; ax.plot(*p.T, c=id_colors([r['obj']])[0], lw=1)
     T = [scene.world[c.agent[v]] @ c.view2agent[v] for v in range(len(c.views)) if scene.group[c.agent[v]] >= 0]
     for P in T: ax.scatter(*(R @ P[:3, 3]), c='k', marker='^', s=20)
-    for i in members(scene): q = (R @ np.stack([scene.state.objects[scene.obj[i]][:3, 3], (scene.world[c.agent[c.view[i]]] @ c.view2agent[c.view[i]])[:3, 3]]).T); ax.plot(*q, c='.8', lw=.3)
-    ax.set_box_aspect([max(np.ptp(v), 1e-9) for v in (ax.get_xlim(), ax.get_ylim(), ax.get_zlim())]); ax.set_axis_off(); pics = []
+    for i in members(scene): q = (R @ np.stack([scene.state.objects[scene.obj[i]][:3, 3], (scene.world[c.agent[c.view[i]]] @ c.view2agent[c.view[i]])[:3, 3]]).T); ax.plot(*q, c='.7', lw=.6)
+    ax.set_box_aspect([max(np.ptp(v), 1e-9) for v in (ax.get_xlim(), ax.get_ylim(), ax.get_zlim())], zoom=1.35); ax.set_axis_off(); pics = []
     for k in range(frames):
         ax.view_init(30, 360*k/frames); buf = io.BytesIO(); fig.savefig(buf, format='png'); pics.append(Image.open(buf).convert('P', palette=Image.ADAPTIVE, colors=32))
     plt.close(fig); path = Path(path); path.parent.mkdir(parents=True, exist_ok=True); part = path.with_name(path.name+'.part')
