@@ -54,7 +54,7 @@ def show_scene(
 def _box(ax, T, size, **kw):
     p = move(T, box_points(size[None])[0, [0, 1, 2, 3, 0]]); ax.plot(*p[:, :2].T, **kw); front = p[:2].mean(0); ax.plot(*np.stack([T[:3, 3], front])[:, :2].T, **kw)
 
-# %% ../nbs/22g_scene_show.ipynb #0c2b7b36
+# %% ../nbs/22g_scene_show.ipynb #dd970f70
 def turn_scene(
     scene, # `AlignedScene`
     path, # .gif
@@ -79,7 +79,7 @@ def turn_scene(
     for i in members(scene): q = (R @ np.stack([scene.state.objects[scene.obj[i]][:3, 3], (scene.world[c.agent[c.view[i]]] @ c.view2agent[c.view[i]])[:3, 3]]).T); ax.plot(*q, c='.7', lw=.6)
     ax.set_box_aspect([max(np.ptp(v), 1e-9) for v in (ax.get_xlim(), ax.get_ylim(), ax.get_zlim())], zoom=1.35); ax.set_axis_off(); pics = []
     for k in range(frames):
-        ax.view_init(30, 360*k/frames); buf = io.BytesIO(); fig.savefig(buf, format='png'); pics.append(Image.open(buf).convert('P', palette=Image.ADAPTIVE, colors=32))
+        ax.view_init(30, 360*k/frames); buf = io.BytesIO(); fig.savefig(buf, format='png'); pics.append(Image.open(buf).convert('RGB').quantize(128, method=Image.Quantize.MAXCOVERAGE))
     plt.close(fig); path = Path(path); path.parent.mkdir(parents=True, exist_ok=True); part = path.with_name(path.name+'.part')
     pics[0].save(part, format='GIF', save_all=True, append_images=pics[1:], duration=80, loop=0, optimize=True); os.replace(part, path)
     return path
