@@ -85,6 +85,15 @@ def test_pictures_are_squeezed_the_same_every_time():
     t['store_pictures'](out, dict(data={'image/png': t['encode'](small)}))
     assert out['data'] == {'image/png': t['encode'](small)}
 
+def test_a_few_new_markers_are_another_picture():
+    import io
+    import numpy as np
+    from PIL import Image
+    same, g = tool('outputs')['same_picture'], np.random.default_rng(0)
+    def png(x): raw = io.BytesIO(); Image.fromarray(x.astype(np.uint8)).save(raw, 'png'); return raw.getvalue()
+    page = np.full((400, 600, 3), 250.); marked = page.copy(); marked[100:105, 200:205] = 200, 0, 0
+    assert same(png(page), png(page+g.choice([-1, 0, 1], page.shape, p=[.1, .8, .1]))) and not same(png(page), png(marked)) and not same(png(page), png(page[:-1]))
+
 @pytest.mark.parametrize('name', ['site', 'readme', 'outputs'])
 def test_tools_need_nothing_of_the_package(name):
     "They work before it is built"
