@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AlignedScene', 'check_scene', 'align_scene', 'write_scene', 'read_predicted', 'save_scene', 'load_scene']
 
-# %% ../nbs/22_alignment.ipynb #13444fb5
+# %% ../nbs/22_alignment.ipynb #68713e38
 import json
 import os
 import time
@@ -18,6 +18,7 @@ from .association import Registration, agglomerate, pair_evidence, register_agen
 from .candidates import BoxCandidates, inv_pose
 from .cosypose import cosypose_match
 from .hypotheses import AssociationConfig, Matching
+from .recheck import second_look
 from .refinement import RefineConfig, SceneState, refine_scene
 from .scene_files import read_candidates, write_bop, write_candidates
 from .scene_scores import object_rows
@@ -49,7 +50,7 @@ def check_scene(c:BoxCandidates):
     if len(np.unique(c.agent[seen])) > 1 and not any(len(np.unique(c.agent[c.view[c.label == l]])) > 1 for l in np.unique(c.label)):
         raise ValueError(f"scene {c.scene}: no class is reported by two agents, so they share no vehicle; classes by view: {({c.views[v]: sorted(set(c.label[c.view == v]))[:4] for v in seen[:4]})}")
 
-# %% ../nbs/22_alignment.ipynb #bdc0776d
+# %% ../nbs/22_alignment.ipynb #c27099cf
 def align_scene(
     c:BoxCandidates, # All views of one scene
     assoc:AssociationConfig=AssociationConfig(),
@@ -57,6 +58,7 @@ def align_scene(
     *,
     rounds:int=3, # Of association and refinement
     adapt_noise:bool=True, # Believe residuals that are larger than the detector's account
+    looks:int=3, # Agents that may move after a second look
 )->AlignedScene:
     "Find objects, poses of agents and poses of objects from the boxes of several views"
     check_scene(c); t0 = time.process_time()
@@ -70,15 +72,42 @@ def align_scene(
         if (obj >= 0).any(): state = refine_scene(c, obj, reg.world, refine)
         spent['refine'] = time.process_time()-t0
         return _finish(c, obj, state, reg, scale, spent, assoc)
-    reg = register_agents(m)
-    if adapt_noise and (reg.group < 0).any():
+    reg, all_of_them = register_agents(m), len(np.unique(m.agent))
+    if adapt_noise and _quality(reg)[0] < all_of_them:
         m2 = Matching(c, replace(assoc, noise_scale=2*scale)); again = register_agents(m2)
         if _quality(again) > _quality(reg): reg, m, scale = again, m2, 2*scale
+    if m.evidence is not None and _quality(reg)[0] < all_of_them:                    # embeddings that mislead: without them more may find their place
+        m2 = Matching(c, replace(m.cfg, use_embeddings=False)); again = register_agents(m2)
+        if _quality(again)[0] > _quality(reg)[0]: reg, m, assoc = again, m2, replace(assoc, use_embeddings=False)
     obj, state, now = _rounds(c, m, reg, assoc, refine, scale, rounds, adapt_noise, spent, t0)
-    if adapt_noise and state is not None and (reg.group < 0).any() and not .8 < now/scale < 1.25:      # with the error as it is, others may find their place
+    if adapt_noise and state is not None and _quality(reg)[0] < all_of_them and not .8 < now/scale < 1.25:      # with the error as it is, others may find their place
         t0 = time.process_time(); m = Matching(c, replace(assoc, noise_scale=now)); again = register_agents(m)
         if _quality(again)[0] > _quality(reg)[0]: reg = again; obj, state, now = _rounds(c, m, reg, assoc, refine, now, rounds, True, spent, t0)
+    for k in range(looks+1):
+        t0 = time.process_time(); again = state is not None and _look_again(m if m.cfg.noise_scale == now else Matching(c, replace(assoc, noise_scale=now)), reg, obj, state, moved=k, move=k < looks)
+        spent['associate'] += time.process_time()-t0
+        if not again: break
+        obj, state, now = _rounds(c, m, reg, assoc, refine, now, rounds, adapt_noise, spent, time.process_time())
     return _finish(c, obj, state, reg, now, spent, assoc)
+
+def _look_again(m, reg, obj, state, *, moved, move):
+    "Move the agent that stands worst on the map of the others, or let one that stands alone join; else note who is in doubt. True where something moved"
+    c, cfg, least = m.c, m.cfg, m.cfg.lead*(2 if m.cfg.strict or moved else 1); world = np.where(np.isfinite(state.world).all((1, 2))[:, None, None], state.world, reg.world)
+    known = np.zeros(c.n_agents, bool) if c.prior is None else np.isfinite(c.prior).all((1, 2)) & (c.prior_sigma == 0).all(1)
+    size = np.bincount(reg.group[reg.group >= 0], minlength=1); pairs = [g for g in range(len(size)) if size[g] == 2]
+    ask = [a for a in range(c.n_agents) if reg.group[a] >= 0 and size[reg.group[a]] > 1 and not known[a] and not (reg.group[a] in pairs and a == np.flatnonzero(reg.group == reg.group[a])[0])]
+    seen = [s for a in ask if (s := second_look(m, obj, world, reg.group, a)) is not None]
+    worst = min(seen, key=lambda s: s.lead, default=None)
+    if move and worst and worst.lead < -.5: reg.world[:] = world; reg.world[worst.agent] = worst.best.T; return True
+    if move and size[0] > 1:
+        new = [s for a in np.flatnonzero(reg.group < 0) if (s := second_look(m, obj, world, reg.group, a, of=0)) is not None and s.best and len(s.best.matches) >= cfg.min_inliers]
+        new = max(new, key=lambda s: min(s.lead, s.best.score-s.chance), default=None)
+        if new and min(new.lead, new.best.score-new.chance) >= cfg.min_margin:
+            reg.world[:] = world; reg.world[new.agent], reg.group[new.agent], reg.margin[new.agent] = new.best.T, 0, new.lead; reg.rejected = [r for r in reg.rejected if r['agent'] != new.agent]; return True
+    for s in seen:
+        reg.margin[s.agent] = min(reg.margin[s.agent], s.lead)
+        if s.lead < least: reg.rejected.append(dict(agent=s.agent, reason='in doubt: another place on the map of the others explains its boxes as well', margin=s.lead, inliers=int((obj[m.rows[s.agent]] >= 0).sum())))
+    return False
 
 def _rounds(c, m, reg, assoc, refine, scale, rounds, adapt, spent, t0):
     "Association and refinement in turn: objects, state, factor of the error"
@@ -114,9 +143,10 @@ def _finish(c, obj, state, reg, scale, spent, assoc):
             n = len(np.unique(obj[(c.agent[c.view] == a) & (obj >= 0) & (state.weight > .1)]))
             known = c.prior is not None and np.isfinite(c.prior[a]).all()
             if group[a] >= 0 and n < assoc.min_inliers and not known: group[a] = -1; reg.rejected.append(dict(agent=int(a), reason=f'{n} vehicles shared after refinement, {assoc.min_inliers} are needed', margin=float(reg.margin[a]), inliers=int(n)))
-    if state is None or len(np.unique(group[agents])) > 1 or (group[agents] < 0).any():
-        alone = '; '.join(f"agent {r['agent']}: {r['reason']}" for r in reg.rejected[:4])
-        why = ('no agents could be put together' if state is None else 'not all agents stand in one world')+(f' ({alone})' if alone else '')
+    apart = state is None or len(np.unique(group[agents])) > 1 or (group[agents] < 0).any()
+    if apart or reg.rejected:
+        names = '; '.join(f"agent {r['agent']}: {r['reason']}" for r in reg.rejected[:4])
+        why = ('no agents could be put together' if state is None else 'not all agents stand in one world' if apart else 'not every agent is sure of its place')+(f' ({names})' if names else '')
     return AlignedScene(c, obj, state, reg, group, scale, not why, why, spent)
 
 # %% ../nbs/22_alignment.ipynb #a5ae3cdd
