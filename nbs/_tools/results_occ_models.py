@@ -4,6 +4,7 @@
     python nbs/_tools/results_occ_models.py            about twenty CPU minutes on one core; killed and called again it goes on
     python nbs/_tools/results_occ_models.py --quick    the same road with a tiny world and three steps: no number of it means anything
     python nbs/_tools/results_occ_models.py --show     only print what is in the file, and draw the picture again
+    python nbs/_tools/results_occ_models.py --sizes    one prediction and one training step of both networks at the published sizes (200 x 200 x 16 voxels): seconds and memory
 
 World: that of `make results` (30 scenes of 20 keyframes by day, by night and in rain: 21 to train on, 3 to choose on, 6 to measure on). Its keyframes
 have no sweeps between them. Labels: those of the package's own generator (`create_occupancy`, no point labels: classes come from the boxes, the road
@@ -19,6 +20,7 @@ Beside them: every voxel free, and the most frequent class of each voxel among t
 """
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -159,6 +161,22 @@ def picture(a, out, path):
     Image.open(path).convert('RGB').quantize(200, dither=Image.Dither.NONE).save(path, optimize=True)
     return path
 
+def one_step(model):
+    "Seconds and memory of one keyframe through a network of published size; made-up images, the cameras of a real rig's layout"
+    from bev_reid.occ_model import make_model, occ_loss
+    torch.set_num_threads(1); torch.manual_seed(0)
+    r = OccRecipe.recipe('nuscenes', model=model); net, (h, w) = make_model(r), r.lss.img_size; opt = torch.optim.AdamW(net.parameters(), 1e-4)
+    yaw = torch.arange(6)*torch.pi/3; ahead, up = torch.stack([yaw.cos(), yaw.sin(), 0*yaw], -1), torch.tensor([0., 0, 1]).expand(6, 3)
+    cam = torch.eye(4).repeat(6, 1, 1); cam[:, :3, :3] = torch.stack([torch.linalg.cross(ahead, up), -up, ahead], -1); cam[:, 2, 3] = 1.6      # x right, y down, z ahead
+    batch = dict(imgs=torch.randn(1, 6, 3, h, w), intrins=torch.tensor([[.8*w, 0, w/2], [0, .8*w, h/2], [0, 0, 1]]).repeat(1, 6, 1, 1), cam2ego=cam[None], img_aug=torch.eye(4).repeat(1, 6, 1, 1),
+                 semantics=torch.randint(0, len(CLASSES), (1, *r.grid.nx)), mask_camera=torch.rand(1, *r.grid.nx) < .3, mask_lidar=torch.rand(1, *r.grid.nx) < .3)
+    def clock(f): t = time.process_time(); f(); return time.process_time()-t
+    @torch.no_grad()
+    def predict(): assert net(batch)['logits'].shape == (1, len(CLASSES), *r.grid.nx)
+    def step(): opt.zero_grad(); occ_loss(net(batch)['logits'], batch, r.loss)['loss'].backward(); opt.step()
+    net.eval(); predict(); out = dict(parameters=sum(p.numel() for p in net.parameters()), voxels=list(r.grid.nx), images=[6, h, w], predict_s=min(clock(predict) for _ in range(3)))
+    net.train(); step(); return out | dict(step_s=min(clock(step) for _ in range(2)), peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--world', type=Path, default=Path('demo/standard/world'), help='toy world; made as `make results` makes it where it is missing')
@@ -166,8 +184,14 @@ def main():
     p.add_argument('--at', type=Path, default=Path('demo/occ_models'), help='labels and runs'); p.add_argument('--out', type=Path, default=ROOT/'results'/'occ_models.json')
     p.add_argument('--mask', choices=('camera', 'lidar', 'none'), default='camera', help='voxels of the loss and of the choice'); p.add_argument('--steps', type=int, default=240, help='of each final training')
     p.add_argument('--picture', type=Path, help='where to draw truth, predictions and errors'); p.add_argument('--quick', action='store_true'); p.add_argument('--show', action='store_true')
+    p.add_argument('--sizes', action='store_true'); p.add_argument('--one', help=argparse.SUPPRESS)
     a = p.parse_args()
     torch.set_num_threads(1)
+    if a.one: print(json.dumps(one_step(a.one))); return
+    if a.sizes:                                                                                # each in a process of its own: memory is that of the process
+        out = json.loads(a.out.read_text()) if a.out.exists() else {}
+        out['published_sizes'] = dict(command='python nbs/_tools/results_occ_models.py --sizes', threads=1, rows={m: json.loads(subprocess.run([sys.executable, __file__, '--one', m], check=True, capture_output=True, text=True).stdout) for m in ('lss', 'former')})
+        write_json(a.out, out); print(json.dumps(out['published_sizes'], indent=1)); return
     a.lss = a.lss if str(a.lss) not in ('', '.') else None
     if a.quick:
         from bev_reid.toy import make_toy
