@@ -96,7 +96,7 @@ def _merge(best, world, group, margin, least):
     names = sorted(np.unique(group[group >= 0]), key=lambda g: (-(group == g).sum(), g))
     group[:] = [names.index(g) if g >= 0 else -1 for g in group]
 
-# %% ../nbs/22c_association.ipynb #2a73ec10
+# %% ../nbs/22c_association.ipynb #97756999
 def pair_evidence(
     m:Matching,
     rows:np.ndarray, # Candidates (n)
@@ -118,6 +118,7 @@ def pair_evidence(
     area = m.log_area(x)-np.log(np.maximum((m.code[rows][:, None] == m.code[rows]).sum(1)/max(1, len(np.unique(m.c.view[rows]))), 1))
     # in place: two free directions, along the ground; the third tells little apart
     g = m.prior[rows[i], rows[j]]+area[i]-.5*np.log(np.maximum(np.linalg.det(C), 1e-30))/1.5-.5*maha+np.minimum(m.cap[rows[i]], np.log(2*np.pi/np.sqrt(2*np.pi*rv)))-.5*ang**2/rv
+    if m.evidence is not None: g -= (1-m.veto)*np.minimum(m.evidence[rows[i], rows[j]], 0)                          # where all agents stand, weak embeddings may plead for a match but not forbid it
     out[i, j] = out[j, i] = g
     return out
 

@@ -102,7 +102,7 @@ def embedding_evidence(
     x = np.maximum(cos, m0-2*s0)
     return worth*np.clip(np.log(f(np.minimum(x, m1), m1, s1)+1e-30)-np.log(f(np.minimum(x, m1), m0, s0)+1e-30), -limit, limit)
 
-# %% ../nbs/22b_hypotheses.ipynb #82153072
+# %% ../nbs/22b_hypotheses.ipynb #a3494939
 def scaled_cov(c:BoxCandidates, cfg:AssociationConfig)->Float[np.ndarray, "n 6 6"]: # Place in the view's axes (m), rotation in the box's (rad)
     "How sure candidates are, times the factor that is believed"
     return (cfg.noise.cov(c) if c.cov is None else c.cov)*cfg.noise_scale**2
@@ -128,6 +128,7 @@ class Matching:
         self.prior = np.where(same, np.maximum(-.25*d2/cfg.size_sigma**2, -6)+.3, -np.inf)      # class and size
         self.evidence = embedding_evidence(c) if cfg.use_embeddings else None
         if self.evidence is not None: self.prior = self.prior+self.evidence
+        self.veto = 1. if self.evidence is None else min(1., self.evidence.max()/4)**2     # good embeddings reach the limit of 4 nats, weak ones half of it
         self.agent = c.agent[c.view]
         self.rows = [np.flatnonzero(self.agent == a) for a in range(c.n_agents)]
         self.cap = np.log(np.maximum(cfg.headings/self.n_sym, 1.))[self.code]
