@@ -169,7 +169,7 @@ def _write_meta(out, grid, source):
     if meta.exists(): check_same_config(json.loads(meta.read_text()), new, out)
     else: write_json(meta, new)
 
-# %% ../nbs/23i_occ_verbs.ipynb #1f1c5dad
+# %% ../nbs/23i_occ_verbs.ipynb #3f6adb21
 @verb
 def bev_reid_occ_show(
     dataroot:str, # Data set in nuScenes format
@@ -181,21 +181,25 @@ def bev_reid_occ_show(
 ):
     "Draw a keyframe: voxels, layers, cameras, and truth beside prediction beside error"
     import matplotlib.pyplot as plt
+    import numpy as np
     from bev_reid.data import DrivingData
     from bev_reid.occ_files import OccFolder
+    from bev_reid.occ_kernels import FREE
     from bev_reid.occ_show import class_legend, show_errors, show_in_camera, show_slices, show_voxels
-    from bev_reid.viz import new_axes
+    from bev_reid.viz import bare, new_axes
     data, folder = DrivingData(dataroot), _masked(OccFolder(labels), mask)
     token = sample or sorted(folder.paths, key=lambda t: folder.paths[t])[len(folder)//2]
     l, frame, base, made = folder.labels(token), data.frame(token), Path(out), []
     seen = None if mask == 'none' else l[f'mask_{mask}']
     def keep(name, fig): p = base.with_name(f'{base.stem}{name}{base.suffix or ".png"}'); p.parent.mkdir(parents=True, exist_ok=True); fig.savefig(p, dpi=110); plt.close(fig); made.append(str(p))
-    ax = show_voxels(l['semantics'], folder.grid, mask=seen, ax=new_axes(size=(9, 6))[0, 0], title=f'{frame.scene_name}, mask: {mask}'); class_legend(ax.figure, l['semantics']); keep('', ax.figure)
+    drawn = l['semantics'] if seen is None else np.where(seen, l['semantics'], FREE)
+    ax = show_voxels(drawn, folder.grid, ax=new_axes(size=(9, 6))[0, 0], title=f'{frame.scene_name}, mask: {mask}'); class_legend(ax.figure, drawn); keep('', ax.figure)
     keep('-slices', show_slices(l['semantics'], folder.grid, mask=seen)[0].figure)
     if folder.grid.frame == 'ego' and frame.cams:
-        h, w = frame.img_sizes[0].tolist(); axes = new_axes(1, min(3, len(frame.cams)), size=(4, 4*h/w+.1))[0]
-        for i, ax in enumerate(axes): show_in_camera(data.image(frame.img_paths[i]), l['semantics'], folder.grid, frame.intrins[i], frame.cam2ego[i], mask=l['mask_camera'], ax=ax)
-        keep('-cameras', axes[0].figure)
+        h, w = frame.img_sizes[0].tolist(); n = min(3, len(frame.cams)); axes = new_axes(-(-len(frame.cams)//n), n, size=(4, 4*h/w+.25))
+        for ax in axes.flat[len(frame.cams):]: bare(ax)
+        for i, ax in enumerate(axes.flat[:len(frame.cams)]): show_in_camera(data.image(frame.img_paths[i]), l['semantics'], folder.grid, frame.intrins[i], frame.cam2ego[i], mask=l['mask_camera'], ax=ax, title=frame.cams[i])
+        class_legend(axes[0, 0].figure, np.where(l['mask_camera'] & (l['semantics'] != 11), l['semantics'], FREE)); keep('-cameras', axes[0, 0].figure)
     if run:
         from bev_reid.occ_model import OccSamples, collate_occ, load_occ, predict_occ
         from bev_reid.data import ImgAug
@@ -205,7 +209,7 @@ def bev_reid_occ_show(
     print(*made, sep='\n')
     return made
 
-# %% ../nbs/23i_occ_verbs.ipynb #a11c575d
+# %% ../nbs/23i_occ_verbs.ipynb #44ee2335
 @verb
 def bev_reid_occ_shapes(
     dataroot:str, # Data set in nuScenes format, with LiDAR
