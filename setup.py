@@ -13,7 +13,7 @@ cfg = cfg['DEFAULT']
 
 def words(key): return cfg.get(key, '').split()
 
-extras = {k: words(f'{k}_requirements') for k in ('toy', 'train', 'export', 'docs', 'dev')}
+extras = {k: words(f'{k}_requirements') for k in ('toy', 'train', 'export', 'gtsam', 'docs', 'dev')}
 extras['all'] = sorted({r for k in ('toy', 'train', 'export') for r in extras[k]})
 # macOS's compiler has no OpenMP of its own: one thread there
 openmp = [] if sys.platform == 'darwin' else (['/openmp'] if sys.platform == 'win32' else ['-fopenmp'])

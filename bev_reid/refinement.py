@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'REASONS', 'RefineConfig', 'Problem', 'make_problem', 'inv_right_jacobian', 'residuals', 'rho',
-           'prior_residual', 'loss', 'normal_equations', 'solve_step', 'retract', 'SceneState', 'initial_objects',
-           'refine_scene', 'noise_factor', 'covariances']
+           'prior_residual', 'loss', 'normal_equations', 'solve_step', 'retract', 'scene_graph', 'SceneState',
+           'initial_objects', 'refine_scene', 'noise_factor', 'covariances']
 
 # %% ../nbs/22d_refinement.ipynb #377d7605
 import functools
@@ -27,7 +27,7 @@ if _C is not None and not hasattr(_C, 'refine_scene'): _C, _why_no_C = None, 'it
 @functools.cache
 def _warn_no_C(): warnings.warn(f"bev_reid's compiled extension is missing ({_why_no_C}): scenes are refined in NumPy, which is slower; `pip install .` builds it", stacklevel=4)
 
-# %% ../nbs/22d_refinement.ipynb #9044402e
+# %% ../nbs/22d_refinement.ipynb #bf8db358
 LOSSES = dict(l2=[(0, 1.)], huber=[(1, 1.)], gm=[(2, 1.)], graduated=[(1, 1.), (2, 4.), (2, 2.)])   # kind (0 squares, 1 Huber, 2 Geman-McClure) and scale, stage by stage
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class RefineConfig:
     fix_objects:bool=False # Keep objects where they are
     max_iter:int=100 # Steps of one stage
     tol:float=1e-9 # A stage ends when a step improves the loss by less, relative
-    backend:str|None=None # `cpp` or `numpy`; None: what is there
+    backend:str|None=None # `cpp`, `numpy` or `gtsam` (optional: pip install 'bev_reid[gtsam]'); None: the compiled one where it is there
 
     def __post_init__(self):
-        for k, known in ('residual', ('box', 'reprojection')), ('loss', tuple(LOSSES)), ('pose_model', ('se3', 'yaw4', 'bev3')), ('backend', (None, 'cpp', 'numpy')):
+        for k, known in ('residual', ('box', 'reprojection')), ('loss', tuple(LOSSES)), ('pose_model', ('se3', 'yaw4', 'bev3')), ('backend', (None, 'cpp', 'numpy', 'gtsam')):
             if getattr(self, k) not in known: raise ValueError(f"{k} must be one of {', '.join(map(str, known))}, got {getattr(self, k)!r}")
 
 # %% ../nbs/22d_refinement.ipynb #50ee525e
@@ -189,7 +189,7 @@ def retract(p:Problem, A, X, xa, xo):
     a, o = full(xa, list(p.dims[0])), full(xo, list(p.dims[1]))
     return pose_of(rot_exp(a[:, 3:]), a[:, :3]) @ A, X @ pose_of(rot_exp(o[:, 3:]), o[:, :3])
 
-# %% ../nbs/22d_refinement.ipynb #448d5433
+# %% ../nbs/22d_refinement.ipynb #8d7ae5b6
 REASONS = ('converged', 'no step lowers the loss', 'max_iter')
 
 def _refine_numpy(p:Problem, A, X, stages, max_iter, tol):
@@ -213,7 +213,23 @@ def _refine_C(p:Problem, A, X, stages, max_iter, tol):
     _C.refine_scene(A, X, f(p.V), f(p.M), i(p.n_sym), i(p.agent), i(p.obj), f(p.center), f(p.points), f(p.L), f(p.K), i(p.free_a), i(p.free_o), f(p.prior), f(p.prior_w), i(p.dims[0]), i(p.dims[1]), p.reprojection, f(stages), max_iter, tol, history, info)
     return A, X, int(info[0]), int(info[1]), history[:info[2]].tolist()
 
-# %% ../nbs/22d_refinement.ipynb #4e1e4990
+def scene_graph(
+    p:Problem,
+    A:Float[np.ndarray, "a 4 4"], # World to agent
+    X:Float[np.ndarray, "o 4 4"], # Object to world
+    kind:int=0, # Loss: 0 squares, 1 Huber, 2 Geman-McClure
+    scale:float=1., # Where it bends, standard deviations or px
+)->tuple: # gtsam.NonlinearFactorGraph, gtsam.Values; see `pose_graph`
+    "The scene as a factor graph of GTSAM, to add factors to; raises ImportError without GTSAM"
+    from bev_reid.refine_gtsam import pose_graph
+    free = [f[:, None] & np.isin(np.arange(6), d) for f, d in zip((p.free_a, p.free_o), p.dims)]
+    return pose_graph(lambda A, X, jac: residuals(p, A, X, jac=jac)[:3], lambda A: prior_residual(p, A), np.stack([p.agent, p.obj], 1), free, A, X, known=(p.prior_w > 0).any(1), kind=kind, scale=scale)
+
+def _refine_gtsam(p:Problem, A, X, stages, max_iter, tol):
+    from bev_reid.refine_gtsam import minimise
+    return minimise(lambda kind, scale, A, X: scene_graph(p, A, X, kind, scale), A, X, stages, max_iter, tol)
+
+# %% ../nbs/22d_refinement.ipynb #21c25bd3
 @dataclass
 class SceneState:
     "A refined scene"
@@ -255,7 +271,8 @@ def refine_scene(
     p = replace(p, free_o=np.resize(p.free_o, len(X))); stages = [(k, s*scale) for k, s in LOSSES[cfg.loss]]
     if _C is None and cfg.backend is None: _warn_no_C()
     if _C is None and cfg.backend == 'cpp': raise ValueError(f"backend 'cpp' needs the compiled extension ({_why_no_C})")
-    A, X, n_iter, why, history = (_refine_numpy if _C is None or cfg.backend == 'numpy' else _refine_C)(p, A, X, stages, cfg.max_iter, cfg.tol)
+    solve = _refine_gtsam if cfg.backend == 'gtsam' else _refine_numpy if _C is None or cfg.backend == 'numpy' else _refine_C
+    A, X, n_iter, why, history = solve(p, A, X, stages, cfg.max_iter, cfg.tol)
     r = residuals(p, A, X, jac=False)[0]; s2 = (r*r).sum(1); res, weight = np.full(len(c), np.nan), np.zeros(len(c)); res[rows], weight[rows] = np.sqrt(s2), rho(s2, *stages[-1])[1]
     factor = noise_factor(p, s2); out = np.full((c.n_agents, 4, 4), np.nan); out[used] = inv_pose(A[used])
     return SceneState(out, X, *covariances(p, A, X, *stages[-1]), res, weight, history, n_iter, REASONS[why], factor)

@@ -12,7 +12,7 @@ import pytest
 from bev_reid.alignment import align_scene, load_scene, read_predicted, save_scene, write_scene
 from bev_reid.candidates import HALF_TURN, NoiseModel, inv_pose, move, pose_of, rot_exp, rot_log
 from bev_reid.hypotheses import AssociationConfig
-from bev_reid.refinement import LOSSES, RefineConfig, loss, make_problem, normal_equations, prior_residual, refine_scene, residuals, retract, rho, _C, _refine_C, _refine_numpy
+from bev_reid.refinement import LOSSES, RefineConfig, covariances, loss, make_problem, normal_equations, prior_residual, refine_scene, residuals, retract, rho, scene_graph, _C, _refine_C, _refine_gtsam, _refine_numpy
 from bev_reid.scene_files import candidates_of_drive, candidates_of_frames
 from bev_reid.scene_scores import auc, average_precision, evaluate_scene, majority, object_errors, pair_scores, pose_errors
 from bev_reid.rig import find_rig
@@ -70,6 +70,41 @@ def test_kernel_is_deterministic_and_refuses():
     c, t, p, A, X = problem(1); a, b = (_refine_C(p, A, X, [(1, 4.)], 50, 1e-9) for _ in range(2)); assert (a[0] == b[0]).all() and a[4] == b[4]
     for bad, says in (replace(p, obj=p.obj+100), 'obj holds'), (replace(p, n_sym=p.n_sym+3), 'n_sym holds'), (replace(p, L=p.L[1:]), 'L has'), (replace(p, dims=([7], [0])), 'dim_a holds'):
         with pytest.raises(ValueError, match=says): _refine_C(bad, A, X, [(1, 4.)], 50, 1e-9)
+
+@pytest.mark.parametrize('kw', CASES+[dict(regime='table', n_objects=6, missed=0)])                       # of two views alone, Huber's loss is flat between them
+@pytest.mark.parametrize('kind', LOSSES)
+def test_gtsam_finds_the_same_optimum(kw, kind):
+    pytest.importorskip('gtsam', reason="GTSAM is not installed: pip install 'bev_reid[gtsam]'")
+    c, t, p, A, X = problem(3, **kw)
+    if kind == 'gm': A, X, *_ = _refine_numpy(p, A, X, [(1, 4.)], 100, 1e-12)                          # not convex: from far, each solver finds a valley of its own
+    stages = [(k, 4*s) for k, s in LOSSES[kind]]; one, two = _refine_numpy(p, A, X, stages, 100, 1e-13), _refine_gtsam(p, A, X, stages, 100, 1e-13)
+    np.testing.assert_allclose(one[4][-1], two[4][-1], rtol=1e-7); np.testing.assert_allclose(one[0], two[0], atol=1e-5); np.testing.assert_allclose(one[1], two[1], atol=1e-5)
+    assert two[4][-1] == pytest.approx(loss(p, *two[:2], *stages[-1]), rel=1e-9)
+
+def test_gtsam_keeps_what_is_fixed_and_gives_a_whole_state():
+    pytest.importorskip('gtsam', reason="GTSAM is not installed: pip install 'bev_reid[gtsam]'")
+    c, t = simulate_scene(SceneSpec(outliers=.1, n_objects=8, n_views=4), seed=2); g = np.random.default_rng(0); start = shake(t.agents, g, .2, 1.)
+    known, soft = np.full((4, 4, 4), np.nan), t.agents.copy(); known[1:3] = start[1:3]; soft[:, 0, 3] += 100
+    for kw, d in (dict(), c), (dict(fix_agents=True), c), (dict(fix_objects=True), c), (dict(), replace(c, prior=known)), (dict(), replace(c, prior=soft, prior_sigma=np.full((4, 2), .01))):
+        one, two = (refine_scene(d, d.truth, start, RefineConfig(loss='huber', backend=b, tol=1e-13, **kw), objects=t.objects) for b in ('numpy', 'gtsam'))
+        for k, eps in dict(world=1e-5, objects=1e-5, cov_agents=1e-6, cov_objects=1e-6, residual=1e-4, weight=1e-4, noise_factor=1e-4).items(): np.testing.assert_allclose(getattr(one, k), getattr(two, k), atol=eps)
+        assert two.converged and (np.diff(two.history) <= 0).all()
+        if 'fix_agents' in kw: np.testing.assert_allclose(two.world, start, atol=1e-12)
+        if 'fix_objects' in kw: np.testing.assert_allclose(two.objects, t.objects, atol=1e-12)
+    left = start.copy(); left[3] = np.nan; s = refine_scene(c, c.truth, left, RefineConfig(backend='gtsam')); assert np.isnan(s.world[3]).all() and np.isfinite(s.world[:3]).all()
+
+@pytest.mark.parametrize('model', ['se3', 'yaw4', 'bev3'])
+def test_marginals_of_gtsam_are_the_covariances(model):
+    gtsam = pytest.importorskip('gtsam', reason="GTSAM is not installed: pip install 'bev_reid[gtsam]'"); order = [3, 4, 5, 0, 1, 2]
+    c, t, p, A, X = problem(5, model=model); A, X, *_ = _refine_numpy(p, A, X, [(1, 4.)], 100, 1e-12); m = gtsam.Marginals(*scene_graph(p, A, X, 1, 4.))
+    for letter, ours, dims, free in (('a', covariances(p, A, X, 1, 4.)[0], p.dims[0], p.free_a), ('o', covariances(p, A, X, 1, 4.)[1], p.dims[1], p.free_o)):
+        for i in np.flatnonzero(free):
+            theirs = m.marginalCovariance(gtsam.symbol(letter, i))[np.ix_(order, order)]; np.testing.assert_allclose(theirs[np.ix_(dims, dims)], ours[i][np.ix_(dims, dims)], rtol=1e-5, atol=1e-10)
+
+def test_without_gtsam_one_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'gtsam', None); c, t = simulate_scene(seed=0)
+    with pytest.raises(ImportError, match=r"pip install 'bev_reid\[gtsam\]'"): refine_scene(c, c.truth, t.agents, RefineConfig(backend='gtsam'))
+    with pytest.raises(ValueError, match='cpp, numpy, gtsam'): RefineConfig(backend='ceres')
 
 def test_exact_candidates_give_exact_poses_in_the_gauge_of_the_first():
     for residual in ('box', 'reprojection'):

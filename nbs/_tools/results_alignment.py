@@ -1,6 +1,7 @@
 """Measures the alignment of scenes and writes results/alignment.json.
 
     python nbs/_tools/results_alignment.py [--quick] [--seeds 12] [--real ../shared/data/lyft_scene]
+    python nbs/_tools/results_alignment.py --solvers       only time the solvers in one run, GTSAM's too where it is installed; writes nothing
 
 Made scenes with seeds that no choice was made on (90000 and on), every number with a 95 % interval (bootstrap over scenes), beside CosyPose's own code as measured in
 the same regimes on its own seeds. A part that is in the file already is kept; --quick measures three scenes a row and writes nothing. About fifteen minutes on one core, most of it CosyPose's matching among cars of one class.
@@ -155,6 +156,23 @@ def timing(n):
         ts = np.array(ts); out[name] = dict(refine_ms=interval(ts[:, 0], np.median), refine_numpy_ms=interval(numpy_s, np.median), all_ms=interval(ts[:, 1], np.median))
     return out
 
+def solvers(n):
+    "CPU milliseconds of refinement by each solver, on the same scenes and from the same start, interleaved; and how far GTSAM's answer is from ours"
+    from importlib.util import find_spec
+    backends = ['cpp', 'numpy', *(['gtsam'] if find_spec('gtsam') else [])]; out = {}
+    if len(backends) < 3: print("GTSAM is not installed (pip install 'bev_reid[gtsam]'): its column is left out")
+    for name, kw in {'4x10': dict(), '8x10': dict(n_views=8), '8x50': dict(n_views=8, n_objects=50)}.items():
+        for loss in 'l2', 'huber', 'graduated':
+            ms, far = {b: [] for b in backends}, []
+            for k in range(n):
+                c, truth = simulate_scene(SceneSpec(**kw, outliers=0., false=0.), seed=FIRST+k); g = np.random.default_rng(k); start = truth.agents.copy(); start[:, :3, 3] += .5*g.normal(size=(len(start), 3)); got = {b: [] for b in backends}
+                for _ in range(4):                                                                   # the first warms up
+                    for b in backends: t = time.process_time(); s = refine_scene(c, c.truth, start, RefineConfig(loss=loss, backend=b)); got[b].append((1e3*(time.process_time()-t), s))
+                for b in backends: ms[b].append(min(x for x, _ in got[b][1:]))
+                if 'gtsam' in got: far.append(np.abs(got['gtsam'][-1][1].world-got['cpp'][-1][1].world).max())
+            out[f'{name}, {loss}'] = {f'{b}_ms': interval(ms[b], np.median) for b in backends} | (dict(largest_difference_of_poses=float(max(far))) if far else {}); print(f'{name}, {loss}', json.dumps(out[f'{name}, {loss}']), flush=True)
+    return out
+
 def real(root, n):
     "Annotated boxes of a real scene with their places hidden, and with a detector's error added"
     from bev_reid.data import DrivingData
@@ -194,8 +212,9 @@ def rig(root, n):
 
 if __name__ == '__main__':
     warnings.simplefilter('ignore')
-    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); a.add_argument('--quick', action='store_true'); a.add_argument('--seeds', type=int, default=12); a.add_argument('--real', default=None); a.add_argument('--out', default='results/alignment.json'); a.add_argument('--only', default='')
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); a.add_argument('--quick', action='store_true'); a.add_argument('--solvers', action='store_true'); a.add_argument('--seeds', type=int, default=12); a.add_argument('--real', default=None); a.add_argument('--out', default='results/alignment.json'); a.add_argument('--only', default='')
     args = a.parse_args(); path, n = Path(args.out), 3 if args.quick else args.seeds
+    if args.solvers: solvers(n); raise SystemExit
     root = Path(args.real or os.environ.get('BEV_REID_DATA', '../shared/data')+'/lyft_scene')
     got = json.loads(path.read_text()) if path.exists() and not args.quick else dict(about='Made scenes only but for "real": the generator is ours, embeddings are simulated. [value, low, high]: means or medians with 95 % intervals. CosyPose and prototype: measured in the same regimes on other seeds. CPU milliseconds of one core.', rows={})
     got['machine'] = f'{platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}'
