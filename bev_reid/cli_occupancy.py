@@ -100,7 +100,7 @@ def bev_reid_occ_eval(
     if out: write_json(out, dict(split=split, trained_with_mask=recipe.loss.mask, rows=rows))
     return rows
 
-# %% ../nbs/23i_occ_verbs.ipynb #a5825578
+# %% ../nbs/23i_occ_verbs.ipynb #a0962164
 @verb
 def bev_reid_occ_convert(
     labels:str, # Folder of labels (ours or Occ3D's), of the published converter's points (.pcd.bin), or of SurroundOcc's .npy
@@ -109,25 +109,33 @@ def bev_reid_occ_convert(
     to:str='occ', # What to write: occ, seed or surroundocc
     grid:str='', # Grid of the labels; that of the folder, or of the source, where left out
     dataroot:str='', # Data set: knows which LiDAR file belongs to which sample token, and where the LiDAR sits
+    skip_missing:bool=False, # Leave out keyframes whose file cannot be read
 ):
-    "Turn occupancy labels of one form into another"
+    "Turn occupancy labels of one form into another; OUT appears when it is whole, and the same command goes on"
     from bev_reid.occ_files import labels_to_points, write_labels, write_seed_points, write_surroundocc
     if source == to or not {source, to} <= {'occ', 'seed', 'surroundocc'}: raise ValueError(f"--source and --to must be two of occ, seed and surroundocc, got {source!r} and {to!r}")
     names = _Names(dataroot)
     g, items = _sources(labels, source, grid, names)
     if g.frame == 'ego' and 'seed' in (source, to) and not dataroot: raise ValueError("these labels are in the ego frame, seed points in the LiDAR's: pass --dataroot, which knows the calibration")
-    if to == 'occ': _write_meta(out, g, source)
+    part, left, there = _begin(out, g, labels, source, to), [], 0
     for scene, token, read in items:
-        sem, stem = read(), Path(out)/names.file.get(token, f'{scene}/{token}.pcd.bin')
-        if to == 'occ': write_labels(Path(out)/scene/token/'labels.npz', sem); continue
-        if to == 'surroundocc': write_surroundocc(f'{stem}.npy', sem); continue
+        stem = part/names.file.get(token, f'{scene}/{token}.pcd.bin'); path = dict(occ=part/scene/token/'labels.npz', surroundocc=Path(f'{stem}.npy'), seed=stem)[to]
+        if path.exists(): there += 1; continue
+        try: sem = read()
+        except (ValueError, OSError) as e:
+            if skip_missing: left.append(str(e)); continue
+            raise ValueError(f"{e}\n{sum(p.is_file() for p in part.rglob('*'))-1-(to == 'occ')} of {len(items)} keyframes are ready in {part}: the same command goes on there once the file is mended, --skip-missing leaves it out") from None
+        if to == 'occ': write_labels(path, sem); continue
+        if to == 'surroundocc': write_surroundocc(path, sem); continue
         p, cls = labels_to_points(sem, g)
         if g.frame == 'ego': m = names.pose(token); p = (p-m[:3, 3]) @ m[:3, :3]
-        write_seed_points(stem, p.astype('float32'), cls)
-    print(f'{out}: {len(items)} keyframes, {source} to {to}; {" x ".join(map(str, g.nx))} voxels in the {g.frame} frame')
-    return len(items)
+        write_seed_points(path, p.astype('float32'), cls)
+    if len(left) == len(items): raise ValueError(f"none of the {len(items)} files of {labels} can be read, the first because {left[0]}")
+    _finish(part, Path(out))
+    print(f'{out}: {len(items)-len(left)} keyframes, {source} to {to}; {" x ".join(map(str, g.nx))} voxels in the {g.frame} frame'+f'; {there} were ready from a run that had ended early'*bool(there)+f'; {len(left)} left out, the first because {left[0] if left else ""}'*bool(left))
+    return len(items)-len(left)
 
-# %% ../nbs/23i_occ_verbs.ipynb #b32960b4
+# %% ../nbs/23i_occ_verbs.ipynb #a9a72df9
 class _Names:
     "Sample tokens and LiDAR files of a data set; empty without one"
     def __init__(self, dataroot):
@@ -160,14 +168,26 @@ def _sources(labels, source, grid, names):
     if not items: raise FileNotFoundError(f"{labels} holds no *{end}: is it a folder of {source}?")
     return g, items
 
-def _write_meta(out, grid, source):
-    "Say which grid converted labels have; they carry no masks"
+def _begin(out, grid, labels, source, to):
+    "The folder where a conversion gathers; raises ValueError where it, or `out`, holds another one"
     from bev_reid.fit import check_same_config, plain, write_json
     from bev_reid.occ_scene import CLASSES, OccConfig
     import json
-    new, meta = plain(dict(config=OccConfig(grid=grid, map_cell=min(.1, min(grid.voxel)/2), lidar_mask=-1, camera_mask=0), classes=CLASSES, source=source)), Path(out)/'meta.json'
-    if meta.exists(): check_same_config(json.loads(meta.read_text()), new, out)
-    else: write_json(meta, new)
+    part, same = Path(out).with_name(Path(out).name+'.part'), dict(labels=str(Path(labels).resolve()), source=source, to=to, grid=plain(grid))
+    meta = plain(dict(config=OccConfig(grid=grid, map_cell=min(.1, min(grid.voxel)/2), lidar_mask=-1, camera_mask=0), classes=CLASSES, source=source))   # converted labels carry no masks
+    for p, new in ((Path(out)/'meta.json', meta), (part/'conversion.json', same)):
+        if p.exists(): check_same_config(json.loads(p.read_text()), new, p.parent)
+    if not (part/'conversion.json').exists(): write_json(part/'conversion.json', same)
+    if to == 'occ': write_json(part/'meta.json', meta)
+    return part
+
+def _finish(part, out):
+    "Give the gathered folder its name; into a folder that is there, file by file"
+    (part/'conversion.json').unlink()
+    if not out.exists(): part.rename(out); return
+    for p in sorted(p for p in part.rglob('*') if p.is_file()): to = out/p.relative_to(part); to.parent.mkdir(parents=True, exist_ok=True); p.replace(to)
+    for p in sorted((p for p in part.rglob('*')), reverse=True): p.rmdir()
+    part.rmdir()
 
 # %% ../nbs/23i_occ_verbs.ipynb #3f6adb21
 @verb

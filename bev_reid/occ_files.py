@@ -54,14 +54,15 @@ def read_labels(
     return dict(semantics=out['semantics'].astype(np.uint8), instance=out.get('instance', np.zeros(shape)).astype(np.uint16),
                 **{k: out[k].astype(bool) if k in out else np.ones(shape, bool) for k in ('mask_lidar', 'mask_camera')})
 
-# %% ../nbs/23c_occ_files.ipynb #3ba78a71
+# %% ../nbs/23c_occ_files.ipynb #682a9357
 def read_surroundocc(
     path, # `.npy` of (n 4) integers: voxel x y z and class
     grid:OccGrid=OccGrid.preset('surroundocc'),
 )->UInt8[np.ndarray, "x y z"]: # 17 where nothing is listed
     "Read the occupied voxels of a keyframe"
     if not Path(path).is_file(): raise FileNotFoundError(f"{path} does not exist")
-    rows = np.load(path)
+    try: rows = np.load(path)
+    except (ValueError, OSError, EOFError) as e: raise ValueError(f"{path} is no .npy, or it is damaged: {e}") from None
     if rows.ndim != 2 or rows.shape[1] != 4: raise ValueError(f"{path} must hold (n 4) integers: x y z class, got {rows.shape}")
     rows = rows.astype(np.int64)
     if len(rows) and ((rows[:, :3] < 0) | (rows[:, :3] >= grid.nx)).any(): raise ValueError(f"{path} names voxel {rows[((rows[:, :3] < 0) | (rows[:, :3] >= grid.nx)).any(1)][0, :3].tolist()}, but the grid has {grid.nx}")

@@ -15,7 +15,7 @@ import torch
 
 import bev_reid.cli_occupancy as cli
 from bev_reid.data import DrivingData, ImgAug
-from bev_reid.occ_files import OccFolder, read_labels
+from bev_reid.occ_files import OccFolder, read_labels, write_labels
 from bev_reid.occ_kernels import FREE, OccGrid, PointMap, _C, assign_points, confusion, trace_rays, vote, voxel_index
 from bev_reid.occ_scene import OccConfig, SceneMap, Track, box_pose, boxes_at, category_class, open_scene, read_splits, split_sweep, to_box_frame
 from bev_reid.occ_score import OccScore, scores
@@ -375,6 +375,24 @@ def test_conversions_come_back(made, tmp_path):
         a, b = folder.labels(t)['semantics'], OccFolder(tmp_path/'p2').labels(t)['semantics']; full = (a != FREE) & (a != 0)      # noise has no vote; float16 centres stay in their voxels
         assert (a[full] == b[full]).all() and not ((b != FREE) & (a == FREE)).any()
     with pytest.raises(ValueError, match='without the camera mask'): cli.bev_reid_occ_train(root, str(tmp_path/'n2'), str(tmp_path/'r'))
+
+def test_a_conversion_appears_whole(tmp_path, capsys):
+    occ, n, n2, grid = str(tmp_path/'gts'), tmp_path/'n', tmp_path/'n2', OccGrid.preset('occ3d'); kw = dict(source='surroundocc', to='occ', grid='occ3d')
+    for i in range(4): sem = np.full(grid.nx, FREE, np.uint8); sem[i:i+9, i, 2] = i; write_labels(tmp_path/'gts'/f's{i//2}'/f't{i}'/'labels.npz', sem)
+    cli.bev_reid_occ_convert(occ, str(n), to='surroundocc'); assert not (tmp_path/'n.part').exists()
+    files = sorted(n.rglob('*.npy')); last, good = files[-1], files[-1].read_bytes()
+    for bad, says in ((good[:200], 'damaged'), (b'', 'damaged'), (b'no array', 'damaged')):
+        last.write_bytes(bad)
+        with pytest.raises(ValueError, match=says) as e: cli.bev_reid_occ_convert(str(n), str(n2), **kw)
+        assert last.name in str(e.value) and f'{len(files)-1} of {len(files)} keyframes are ready in {n2}.part' in str(e.value) and not n2.exists()
+    with pytest.raises(ValueError, match='another configuration'): cli.bev_reid_occ_convert(str(n), str(n2), **kw | dict(grid='lss'))
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path/'n2.part').rglob('labels.npz')}; last.write_bytes(good); capsys.readouterr()
+    assert cli.bev_reid_occ_convert(str(n), str(n2), **kw) == len(files) and f'{len(files)-1} were ready' in capsys.readouterr().out
+    assert len(OccFolder(n2)) == len(files) and {n2/p.relative_to(tmp_path/'n2.part'): t for p, t in stamps.items()}.items() <= {p: p.stat().st_mtime_ns for p in n2.rglob('labels.npz')}.items() and not (tmp_path/'n2.part').exists()
+    last.write_bytes(b''); assert cli.bev_reid_occ_convert(str(n), str(tmp_path/'n3'), skip_missing=True, **kw) == len(files)-1 and '1 left out' in capsys.readouterr().out
+    last.write_bytes(good); assert cli.bev_reid_occ_convert(str(n), str(tmp_path/'n3'), **kw) == len(files) and len(OccFolder(tmp_path/'n3')) == len(files) and not (tmp_path/'n3.part').exists()   # into a folder that is there
+    for p in files: p.write_bytes(b'')
+    with pytest.raises(ValueError, match='none of the'): cli.bev_reid_occ_convert(str(n), str(tmp_path/'n4'), skip_missing=True, **kw)
 
 def test_verbs_train_score_draw_and_rank(made, tmp_path, capsys):
     data, folder = made; root, occ = str(data.dataroot), str(folder.root)
