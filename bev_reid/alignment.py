@@ -53,8 +53,8 @@ def check_scene(c:BoxCandidates):
 # %% ../nbs/22_alignment.ipynb #c27099cf
 def align_scene(
     c:BoxCandidates, # All views of one scene
-    assoc:AssociationConfig=AssociationConfig(),
-    refine:RefineConfig=RefineConfig(),
+    assoc:AssociationConfig=AssociationConfig(), # How views are put together
+    refine:RefineConfig=RefineConfig(), # How the scene is refined
     *,
     rounds:int=3, # Of association and refinement
     adapt_noise:bool=True, # Believe residuals that are larger than the detector's account

@@ -116,7 +116,7 @@ def read_truth(path): # SceneTruth, true object of each candidate
     raw = json.loads(Path(path).read_text())
     return SceneTruth(*(None if raw[k] is None else np.array(raw[k]) for k in ('agents', 'objects', 'size', 'label', 'velocity'))), np.array(raw['candidates'])
 
-# %% ../nbs/22e_scene_verbs.ipynb #f8d48fd3
+# %% ../nbs/22e_scene_verbs.ipynb #223a8406
 def load_result(run, scene=''):
     "Scenes of a run, by name"
     from bev_reid.alignment import load_scene
@@ -164,7 +164,7 @@ def bev_reid_scene_show(
     else:
         import matplotlib.pyplot as plt
         from bev_reid.viz import new_axes
-        axes = new_axes(1, 2, size=(4.6, 4.4))[0]
+        axes = new_axes(1, 2, size=(4.6, 4.9))[0]
         show_scene(s, t, world=s.registration.world, ax=axes[0], title=f'scene {name}: poses from pairs of agents'); show_scene(s, t, ax=axes[1], title='refined' if s.solved else 'refined; NOT SOLVED')
         axes[0].figure.savefig(f'{out}.part', format='png'); plt.close(axes[0].figure); os.replace(f'{out}.part', out)
     print(f'{out}: scene {name}')

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from .data import DrivingData
 from .geometry import quat2mat, yaw_of
 
-# %% ../nbs/23b_occ_boxes.ipynb #259d553e
+# %% ../nbs/23b_occ_boxes.ipynb #3b41d8ee
 @dataclass(eq=False)
 class Track:
     "An annotated object of a scene"
@@ -24,8 +24,8 @@ class Track:
     boxes:Float[np.ndarray, "t 7"] # Scene frame; every box has the median size of the track
 
 def scene_tracks(
-    data:DrivingData,
-    scene:str,
+    data:DrivingData, # Data set in nuScenes format
+    scene:str, # Name of the scene
     origin:Float[np.ndarray, "3"], # Of the scene frame, global
 )->list: # Tracks, ordered by their tokens
     "The annotated objects of a scene"
@@ -50,7 +50,7 @@ def torch64(x):
     return torch.tensor(x, dtype=torch.float64)
 
 def stands(
-    track:Track,
+    track:Track, # Boxes of one object over time
     *,
     within:float=1., # Annotated centres of a standing object keep within so much of each other, metres
 )->bool:
@@ -76,11 +76,11 @@ def smooth_way(
         out[x] = ((1+2*s)*B[i]+s*h[i]*m[i])*(1-s)**2+((3-2*s)*B[i+1]-(1-s)*h[i]*m[i+1])*s**2
     return out, np.hypot(*(out-line)[:, :2].T)+np.abs((out-line)[:, 6])*np.hypot(*b[0, 3:5])/2
 
-# %% ../nbs/23b_occ_boxes.ipynb #d23b336e
+# %% ../nbs/23b_occ_boxes.ipynb #4db27a5f
 STILL = .3 # Slower than this an object counts as standing, m/s
 
 def boxes_at(
-    track:Track,
+    track:Track, # Boxes of one object over time
     times:Float[np.ndarray, "s"], # Seconds
     *,
     hold:float=.6, # How long a box lives on outside of its annotations, seconds

@@ -54,7 +54,7 @@ def read_labels(
     return dict(semantics=out['semantics'].astype(np.uint8), instance=out.get('instance', np.zeros(shape)).astype(np.uint16),
                 **{k: out[k].astype(bool) if k in out else np.ones(shape, bool) for k in ('mask_lidar', 'mask_camera')})
 
-# %% ../nbs/23c_occ_files.ipynb #682a9357
+# %% ../nbs/23c_occ_files.ipynb #7a09bd21
 def read_surroundocc(
     path, # `.npy` of (n 4) integers: voxel x y z and class
     grid:OccGrid=OccGrid.preset('surroundocc'),
@@ -72,7 +72,7 @@ def read_surroundocc(
 
 def write_surroundocc(
     path, # `.npy`
-    semantics:UInt8[np.ndarray, "x y z"],
+    semantics:UInt8[np.ndarray, "x y z"], # Class of each voxel, 17 for free
 )->Path: # `path`
     "Write the occupied voxels of a keyframe"
     at = np.argwhere(semantics != FREE)
@@ -103,19 +103,19 @@ def write_seed_points(
     rows = np.concatenate([points, np.broadcast_to(np.float32(intensity), len(points))[:, None], CLASS2RAW[cls][:, None]], 1).astype(np.float16)
     return write_atomic(path, lambda p: rows.tofile(p))
 
-# %% ../nbs/23c_occ_files.ipynb #1324c504
+# %% ../nbs/23c_occ_files.ipynb #7a459280
 def points_to_labels(
     points:Float[np.ndarray, "n 3"], # In the frame of the grid
     cls:UInt8[np.ndarray, "n"], # Class 0 is ignored, as noise is
-    grid:OccGrid,
+    grid:OccGrid, # The grid of the voxels
 )->UInt8[np.ndarray, "x y z"]:
     "Labelled points as voxels, by majority"
     keep = np.asarray(cls) != 0
     return vote([(np.asarray(points)[keep], np.asarray(cls)[keep], 0, np.eye(4))], grid)[0]
 
 def labels_to_points(
-    semantics:UInt8[np.ndarray, "x y z"],
-    grid:OccGrid,
+    semantics:UInt8[np.ndarray, "x y z"], # Class of each voxel, 17 for free
+    grid:OccGrid, # The grid of the voxels
 )->tuple: # Centres of occupied voxels (n 3), classes (n)
     "Voxels as labelled points"
     at = np.nonzero(np.asarray(semantics).ravel() != FREE)[0]

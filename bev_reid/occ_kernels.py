@@ -52,10 +52,10 @@ PRESETS = dict(lss={}, toy=dict(low=(-32, -32, -1.25), high=(32, 32, 4.75)),
     openoccupancy=dict(low=(-51.2, -51.2, -5), high=(51.2, 51.2, 3), voxel=.2, frame='lidar'),
     seed=dict(low=(-51.2, -51.2, -5), high=(51.2, 51.2, 3), voxel=(1.024, 1.024, 1.), frame='lidar'))
 
-# %% ../nbs/23a_occ_kernels.ipynb #8b09a0e0
+# %% ../nbs/23a_occ_kernels.ipynb #8b15524e
 def voxel_index(
     points:Float[np.ndarray, "n 3"], # Metres, in the frame of the grid
-    grid:OccGrid,
+    grid:OccGrid, # The grid of the voxels
 )->Int[np.ndarray, "n"]: # Voxel in C order (x, y, z); -1 outside
     "The voxel of each point"
     cell = (np.asarray(points, np.float64)[:, :3]-np.float64(grid.low))/np.float64(grid.voxel)
@@ -65,7 +65,7 @@ def voxel_index(
 
 def voxel_centres(
     index, # Voxels in C order
-    grid:OccGrid,
+    grid:OccGrid, # The grid of the voxels
 )->Float[np.ndarray, "n 3"]: # Metres
     "The middle of voxels"
     return ((np.stack(np.unravel_index(np.asarray(index, np.int64), grid.nx), -1)+.5)*grid.voxel+grid.low).astype(np.float32)
@@ -166,7 +166,7 @@ def _majority(group, value, n, empty):
     out[cells] = (pairs & 0xffffffff)[best][first]
     return out
 
-# %% ../nbs/23a_occ_kernels.ipynb #b7b37a36
+# %% ../nbs/23a_occ_kernels.ipynb #9a872e3b
 FREE = 17   # the class of a voxel with nothing in it
 
 def _vote(p, labels, ptr, instances, poses, grid, free):
@@ -182,7 +182,7 @@ def _vote(p, labels, ptr, instances, poses, grid, free):
 
 def vote(
     parts:list, # (points (n 3), labels (n) uint8 or one label, instance 0 to 65535, pose in the frame of the grid (4 4)) of each
-    grid:OccGrid,
+    grid:OccGrid, # The grid of the voxels
     *,
     free:int=FREE, # Class of voxels without a point
     backend:str|None=None, # `cpp` or `numpy`
@@ -199,7 +199,7 @@ def vote(
     else: sem, ins = _vote(p, labels, ptr, instances, poses, grid, free)
     return sem.reshape(grid.nx), ins.reshape(grid.nx)
 
-# %% ../nbs/23a_occ_kernels.ipynb #ccb8778f
+# %% ../nbs/23a_occ_kernels.ipynb #b77d2510
 def _trace(o, p, grid, solid, seen):
     lo, dx, nx = (np.float64(v) for v in (grid.low, grid.voxel, grid.nx))
     with np.errstate(all='ignore'):
@@ -222,7 +222,7 @@ def _trace(o, p, grid, solid, seen):
 
 def trace_rays(
     rays:list, # (origin (3), points (n 3)) of each sensor, metres, in the frame of the grid
-    grid:OccGrid,
+    grid:OccGrid, # The grid of the voxels
     *,
     solid:Bool[np.ndarray, "x y z"]|None=None, # Rays end in the first of these
     backend:str|None=None, # `cpp` or `numpy`

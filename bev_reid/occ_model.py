@@ -188,7 +188,7 @@ def start_cameras(
     model.load_state_dict(took, strict=False)
     return sorted(took)
 
-# %% ../nbs/23f_occ_model.ipynb #ed1a4dbc
+# %% ../nbs/23f_occ_model.ipynb #0893edf6
 def class_weights(folder:OccFolder, tokens:list, cfg:OccLossConfig)->Float[Tensor, "n"]|None:
     "Weights of the classes, from up to 50 keyframes"
     if cfg.class_weights == 'none': return None
@@ -223,7 +223,7 @@ def eval_occ(
     return score.result()
 
 def baselines(
-    folder:OccFolder,
+    folder:OccFolder, # Labels
     tokens:list, # Training keyframes
     *,
     mask:str='none', # Count each voxel where it is known to the `camera`, to the `lidar`, or always
@@ -236,15 +236,15 @@ def baselines(
     most = np.where(counts.any(0), counts.argmax(0), FREE).astype(np.uint8).reshape(folder.grid.nx)
     return dict(empty=lambda batch: np.full((1, *folder.grid.nx), FREE, np.uint8), majority=lambda batch: most[None])
 
-# %% ../nbs/23f_occ_model.ipynb #515937c2
+# %% ../nbs/23f_occ_model.ipynb #c27036bf
 def occ_samples(data:DrivingData, folder:OccFolder, split:str, recipe:OccRecipe, *, train=False)->OccSamples:
     "Keyframes of a split for a recipe"
     if folder.grid != recipe.grid: raise ValueError(f"the labels of {folder.root} have grid {folder.grid}, the network {recipe.grid}")
     return OccSamples(data, data.sample_tokens(split), folder, img_aug=recipe.img_aug, grid=recipe.lss.grid, train=train, seed=recipe.seed, cache=len(data.sample_tokens(split)) <= 1000)
 
 def train_occ(
-    data:DrivingData,
-    folder:OccFolder,
+    data:DrivingData, # Data set in nuScenes format
+    folder:OccFolder, # Labels
     run_dir, # Folder of the run; an unfinished run there goes on
     recipe:OccRecipe=OccRecipe(),
     *,

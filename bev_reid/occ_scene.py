@@ -70,7 +70,7 @@ class OccConfig:
         if self.object_cell <= 0 or min(self.margin, self.clearance, self.hold, self.max_bend) < 0: raise ValueError("object_cell must be above 0, and margin, clearance, hold and max_bend 0 or more")
         object.__setattr__(self, 'ego', tuple(self.ego))
 
-# %% ../nbs/23b_occ_scene.ipynb #8b651674
+# %% ../nbs/23b_occ_scene.ipynb #7de9cb56
 @dataclass(frozen=True, eq=False)
 class Sweep:
     "One turn of the LiDAR"
@@ -82,7 +82,7 @@ class Sweep:
     ego:Float[np.ndarray, "4 4"] # Ego to scene frame
 
 def scene_sweeps(
-    data:DrivingData,
+    data:DrivingData, # Data set in nuScenes format
     scene:str, # Name of the scene
 )->tuple: # Sweeps in order of time; origin of the scene frame in the global frame (3)
     "All LiDAR sweeps of a scene"
@@ -98,16 +98,16 @@ def scene_sweeps(
     time = [(stamps[r['sample_token']] if r['is_key_frame'] else r['timestamp'])-t0 for r in rows]
     return [Sweep(r['token'], data.dataroot/r['filename'], s*1e-6, r['sample_token'] if r['is_key_frame'] else '', e @ data._calib(r)[0].numpy(), e) for r, s, e in zip(rows, time, ego)], origin
 
-# %% ../nbs/23b_occ_scene.ipynb #8986fd88
+# %% ../nbs/23b_occ_scene.ipynb #def5cd0b
 def lidarseg_files(
-    data:DrivingData,
+    data:DrivingData, # Data set in nuScenes format
 )->dict: # Token of sample_data to the path of its labels; empty where the set has none
     "Point labels of a set"
     path = data.dataroot/data.version/'lidarseg.json'
     return {r['sample_data_token']: data.dataroot/r['filename'] for r in json.loads(path.read_text())} if path.exists() else {}
 
 def read_sweep(
-    sweep:Sweep,
+    sweep:Sweep, # A sweep and where it was taken
     labels=None, # Path of its point labels
     *,
     ego:tuple=(2.6, 1.3), # Half-sizes of the recording vehicle around its LiDAR, metres
@@ -125,7 +125,7 @@ def read_sweep(
     keep = ~((side[:, 0] < ego[0]) & (side[:, 1] < ego[1])) & (cls != 254)
     return p[keep, :3] @ sweep.pose[:3, :3].astype(np.float32).T+sweep.pose[:3, 3].astype(np.float32), cls[keep]
 
-# %% ../nbs/23b_occ_scene.ipynb #3b13455f
+# %% ../nbs/23b_occ_scene.ipynb #96e93520
 def to_box_frame(
     points:Float[np.ndarray, "n 3"], # Metres
     box:Float[np.ndarray, "7"], # x y z, width length height (m), yaw (rad), in the frame of the points
@@ -148,10 +148,10 @@ def split_sweep(
     cls:UInt8[np.ndarray, "n"], # 255 without a label
     boxes:Float[np.ndarray, "k 7"], # Scene frame
     state:Int[np.ndarray, "k"], # 0 absent, 1 sure, 2 a guess
-    cfg:OccConfig=OccConfig(),
+    cfg:OccConfig=OccConfig(), # How labels are made
     *,
     still=None, # Whether each box stands (k); none where None
-    backend:str|None=None,
+    backend:str|None=None, # `cpp` or `numpy`; None: the compiled one where it is there
 )->tuple: # Points and classes of the world; {object: its points in its box frame}
     "Tell the world and the objects of a sweep apart"
     here = np.nonzero(state)[0]
@@ -164,7 +164,7 @@ def split_sweep(
     who, at = np.unique(owner[mine], return_index=True)
     return points[world], cls[world], {int(here[i]): to_box_frame(points[part], boxes[here[i]]) for i, part in zip(who, np.split(mine, at[1:])) if state[here[i]] == 1}
 
-# %% ../nbs/23b_occ_scene.ipynb #3a69bb76
+# %% ../nbs/23b_occ_scene.ipynb #173de2c2
 @dataclass(eq=False)
 class OccScene:
     "What a scene is made of"
@@ -178,9 +178,9 @@ class OccScene:
     missing:list # Sweeps that could not be read: messages
 
 def open_scene(
-    data:DrivingData,
-    scene:str,
-    cfg:OccConfig=OccConfig(),
+    data:DrivingData, # Data set in nuScenes format
+    scene:str, # Name of the scene
+    cfg:OccConfig=OccConfig(), # How labels are made
 )->OccScene:
     "Sweeps and boxes of a scene; no file is read yet"
     sweeps, origin = scene_sweeps(data, scene)
@@ -192,12 +192,12 @@ def open_scene(
     return OccScene(sweeps, tracks, boxes, state.astype(np.int64), np.array([category_class(t.category, emergency_as_car=cfg.emergency_as_car) for t in tracks], np.uint8), np.array([stands(t) for t in tracks], bool), bool(seg) and cfg.lidarseg != 'no', [])
 
 def read_splits(
-    data:DrivingData,
-    scene:OccScene,
-    cfg:OccConfig=OccConfig(),
+    data:DrivingData, # Data set in nuScenes format
+    scene:OccScene, # What `open_scene` returns
+    cfg:OccConfig=OccConfig(), # How labels are made
     *,
     skip_missing:bool=False, # Leave out sweeps that cannot be read, and note them; else they raise
-    backend:str|None=None,
+    backend:str|None=None, # `cpp` or `numpy`; None: the compiled one where it is there
 ): # Yields (number of the sweep, points and classes of the world, {object: points in its box frame})
     "The sweeps of a scene, split one by one"
     seg = lidarseg_files(data) if scene.labelled else {}
@@ -236,9 +236,9 @@ class SceneMap:
         elif self.cfg.ground: cls = np.where(is_ground(points, self.scene, self.cfg), GROUND_CLASS, 0).astype(np.uint8)
         return points, np.where(cls == 255, 0, cls).astype(np.uint8), {k: m.result()[0] for k, m in sorted(self.objects.items())}
 
-# %% ../nbs/23b_occ_scene.ipynb #65e5e340
+# %% ../nbs/23b_occ_scene.ipynb #0af8edfd
 def name_by_neighbours(
-    points:Float[np.ndarray, "n 3"],
+    points:Float[np.ndarray, "n 3"], # Metres
     cls:UInt8[np.ndarray, "n"], # 255 without a label
     *,
     reach:float=2., # Metres

@@ -33,11 +33,11 @@ def scores(
     return dict(mIoU=float(np.nanmean(iou[named])) if np.isfinite(iou[named]).any() else float('nan'), iou=[float(iou[i]) if i in named or i == free else float('nan') for i in range(len(c))],
                 geometric=float(full/union) if union else float('nan'), voxels=int(c.sum()), n_classes=int(np.isfinite(iou[named]).sum()))
 
-# %% ../nbs/23d_occ_score.ipynb #089cc0b9
+# %% ../nbs/23d_occ_score.ipynb #1e1a8d3d
 RINGS = (0., 20., 40., np.inf) # Borders of the rings, metres
 
 def ring_of(
-    grid:OccGrid,
+    grid:OccGrid, # The grid of the voxels
     rings:tuple=RINGS,
 )->Int[np.ndarray, "x y z"]: # Number of the ring
     "The ring of each voxel, by its distance on the ground"

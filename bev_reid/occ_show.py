@@ -34,17 +34,17 @@ def exposed_faces(
             out.append((at, np.full(len(at), axis), np.full(len(at), side)))
     return tuple(np.concatenate(v) for v in zip(*out))
 
-# %% ../nbs/23g_occ_show.ipynb #d393aee2
+# %% ../nbs/23g_occ_show.ipynb #9f129ad3
 def show_voxels(
-    semantics:UInt8[np.ndarray, "x y z"],
-    grid:OccGrid,
+    semantics:UInt8[np.ndarray, "x y z"], # Class of each voxel, 17 for free
+    grid:OccGrid, # The grid of the voxels
     *,
     colors=None, # RGB of each voxel (x y z 3); that of its class where None
     mask:Bool[np.ndarray, "x y z"]|None=None, # Only these voxels
     azimuth:float=215., # From where we look: degrees counter-clockwise from ahead
     elevation:float=35., # Degrees above the ground
-    ax=None,
-    title:str|None=None,
+    ax=None, # Axes; a new figure by default
+    title:str|None=None, # Text above it
 )->plt.Axes: # The axes
     "Draw occupied voxels in three dimensions"
     sem = np.asarray(semantics)
@@ -71,16 +71,16 @@ def show_voxels(
     ax.set_aspect('equal'); ax.autoscale_view()
     return bare(ax, title)
 
-# %% ../nbs/23g_occ_show.ipynb #83e67449
+# %% ../nbs/23g_occ_show.ipynb #4478f492
 def show_top(
-    semantics:UInt8[np.ndarray, "x y z"],
-    grid:OccGrid,
+    semantics:UInt8[np.ndarray, "x y z"], # Class of each voxel, 17 for free
+    grid:OccGrid, # The grid of the voxels
     *,
     layers:slice=slice(None), # Layers that are looked at from above
     colors=None, # RGB of each voxel (x y z 3)
     mask=None, # Voxels that are known; unknown columns are grey
-    ax=None,
-    title:str|None=None,
+    ax=None, # Axes; a new figure by default
+    title:str|None=None, # Text above it
 )->plt.Axes: # The axes, in metres, forward up and left left
     "Draw the highest occupied voxel of every column"
     sem = np.asarray(semantics)[..., layers]
@@ -98,8 +98,8 @@ def show_top(
     return ax
 
 def show_slices(
-    semantics:UInt8[np.ndarray, "x y z"],
-    grid:OccGrid,
+    semantics:UInt8[np.ndarray, "x y z"], # Class of each voxel, 17 for free
+    grid:OccGrid, # The grid of the voxels
     *,
     n:int=4, # Layers
     mask:Bool[np.ndarray, "x y z"]|None=None, # Voxels that are known; unknown columns are grey
@@ -116,7 +116,7 @@ def show_slices(
     return axes
 
 def class_legend(
-    fig:plt.Figure,
+    fig:plt.Figure, # Drawn with a constrained layout
     *semantics:UInt8[np.ndarray, "*v"], # Voxels that are drawn
     more:dict={}, # Further names and their RGB
 )->None:
@@ -124,12 +124,12 @@ def class_legend(
     used = sorted({int(c) for s in semantics for c in np.unique(s)}-{FREE}); rows = {CLASSES[c]: COLORS[c] for c in used} | more
     fig.legend(handles=[Patch(facecolor=c, label=n, edgecolor='.6', lw=.4) for n, c in rows.items()], loc='outside lower center', ncols=min(len(rows), max(2, int(fig.get_figwidth()/1.15))), fontsize=7, frameon=False)
 
-# %% ../nbs/23g_occ_show.ipynb #8de64d7b
+# %% ../nbs/23g_occ_show.ipynb #d7905f37
 ERRORS = {'right': (.2, .65, .3), 'wrong class': (1, .65, .1), 'missed': (.25, .4, .95), 'invented': (.9, .2, .2)} # RGB of each kind of voxel
 
 def error_colors(
-    pred:UInt8[np.ndarray, "x y z"],
-    truth:UInt8[np.ndarray, "x y z"],
+    pred:UInt8[np.ndarray, "x y z"], # Predicted class of each voxel, 17 for free
+    truth:UInt8[np.ndarray, "x y z"], # True class of each voxel, 17 for free
 )->tuple: # Semantics to draw; RGB of each voxel
     "Colour voxels by whether they are right, of a wrong class, missed or invented"
     both = np.where(truth != FREE, truth, pred)
@@ -138,9 +138,9 @@ def error_colors(
     return both, rgb
 
 def show_errors(
-    pred:UInt8[np.ndarray, "x y z"],
-    truth:UInt8[np.ndarray, "x y z"],
-    grid:OccGrid,
+    pred:UInt8[np.ndarray, "x y z"], # Predicted class of each voxel, 17 for free
+    truth:UInt8[np.ndarray, "x y z"], # True class of each voxel, 17 for free
+    grid:OccGrid, # The grid of the voxels
     *,
     mask=None, # Voxels that count; others are left out
     solid:bool=True, # Draw voxels in three dimensions too
@@ -154,18 +154,18 @@ def show_errors(
     class_legend(axes[0, 0].figure, truth, pred, more=ERRORS)
     return axes
 
-# %% ../nbs/23g_occ_show.ipynb #2c7b79c9
+# %% ../nbs/23g_occ_show.ipynb #11e3e28f
 def show_in_camera(
     img, # Picture of the camera
-    semantics:UInt8[np.ndarray, "x y z"],
+    semantics:UInt8[np.ndarray, "x y z"], # Class of each voxel, 17 for free
     grid:OccGrid, # In the ego frame
     intrins:Float[torch.Tensor, "3 3"], # px
-    cam2ego:Float[torch.Tensor, "4 4"],
+    cam2ego:Float[torch.Tensor, "4 4"], # Pose of the camera in the ego frame
     *,
     mask:Bool[np.ndarray, "x y z"]|None=None, # Only these voxels, such as `mask_camera`
     skip:tuple=(11,), # Classes that are not drawn: the road hides the picture
     ax=None, # Axes; a new figure by default
-    title:str|None=None,
+    title:str|None=None, # Text above it
 )->plt.Axes: # The axes
     "Draw occupied voxels over a picture, coloured by class: squares of half their width, the nearest on top"
     sem = np.asarray(semantics); keep = (sem != FREE) & ~np.isin(sem, skip) & (True if mask is None else np.asarray(mask, bool))
@@ -178,10 +178,10 @@ def show_in_camera(
     ax.add_collection(PolyCollection((uv[:, None]+half*np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]))[order], facecolors=COLORS[cls][order], linewidths=0, alpha=.6))
     return ax
 
-# %% ../nbs/23g_occ_show.ipynb #596a2c93
+# %% ../nbs/23g_occ_show.ipynb #9cff2de3
 def show_shapes(
     rows:list, # Lists of `Shape`: one vehicle per row, such as one sweep, a window, the whole track
-    titles:tuple=('one sweep', 'a window', 'the whole track'),
+    titles:tuple=('one sweep', 'a window', 'the whole track'), # Names of the columns
 )->np.ndarray: # Axes
     "A gallery of shapes: points from the side and footprints from above, with their coverage"
     n = max(map(len, rows)); axes = new_axes(2*len(rows), n, size=(2.6, 1.1))

@@ -33,7 +33,7 @@ def keyframe_parts(
     to_grid = np.linalg.inv(scene.sweeps[i].ego if cfg.grid.frame == 'ego' else scene.sweeps[i].pose)
     return [(points, cls, 0, to_grid)]+[(p, scene.classes[k], k+1, to_grid @ box_pose(scene.boxes[i, k])) for k, p in objects.items() if scene.state[i, k] == 1]
 
-# %% ../nbs/23_occupancy.ipynb #73e1bbef
+# %% ../nbs/23_occupancy.ipynb #5b901070
 def lidar_mask(
     scene,
     i:int, # Number of the keyframe's sweep
@@ -50,7 +50,7 @@ def lidar_mask(
 
 def camera_rays(
     frame, # `Frame` of the data room
-    grid:OccGrid,
+    grid:OccGrid, # The grid of the voxels
     *,
     stride:int=8, # One ray per so many pixels
 )->list: # (origin, end points) of each camera in the frame of the grid
@@ -67,19 +67,19 @@ def camera_rays(
 
 def camera_mask(
     frame, # `Frame` of the data room
-    semantics:UInt8[np.ndarray, "x y z"],
-    grid:OccGrid,
+    semantics:UInt8[np.ndarray, "x y z"], # Class of each voxel, 17 for free
+    grid:OccGrid, # The grid of the voxels
     *,
     stride:int=8, # One ray per so many pixels
 )->Bool[np.ndarray, "x y z"]:
     "Voxels that the cameras of a keyframe see"
     return trace_rays(camera_rays(frame, grid, stride=stride), grid, solid=np.asarray(semantics) != FREE)
 
-# %% ../nbs/23_occupancy.ipynb #cbb5250a
+# %% ../nbs/23_occupancy.ipynb #9ba71795
 def label_scene(
-    data:DrivingData,
+    data:DrivingData, # Data set in nuScenes format
     name:str, # Of the scene
-    cfg:OccConfig=OccConfig(),
+    cfg:OccConfig=OccConfig(), # How labels are made
     *,
     skip_missing:bool=False, # Leave out sweeps that cannot be read; they are named in `missing` of the scene
     backend:str|None=None, # `cpp` or `numpy`
@@ -128,11 +128,11 @@ def _job(text):
     data = DrivingData(a['dataroot'], a['version'], lidar=a['lidar'])
     for name in a['scenes']: _write_scene(data, name, from_plain(OccConfig, a['config']), Path(a['out']), a['skip_missing']); print(name, flush=True)
 
-# %% ../nbs/23_occupancy.ipynb #98087f66
+# %% ../nbs/23_occupancy.ipynb #a90a0203
 def create_occupancy(
-    data:DrivingData,
+    data:DrivingData, # Data set in nuScenes format
     out, # Folder of the labels
-    cfg:OccConfig=OccConfig(),
+    cfg:OccConfig=OccConfig(), # How labels are made
     *,
     split:str='all', # Which scenes
     scenes:list|None=None, # Or their names

@@ -101,14 +101,20 @@ def _connected(agent, obj, n):
         if x != y: head[max(x, y)] = min(x, y)
     return [np.array([a for a in np.unique(agent) if find(a) == r]) for r in np.unique([find(a) for a in np.unique(agent)])]
 
-# %% ../nbs/22d_refinement.ipynb #c1f330cf
-def inv_right_jacobian(e:Float[np.ndarray, "*b 3"])->Float[np.ndarray, "*b 3 3"]:
+# %% ../nbs/22d_refinement.ipynb #04036ee3
+def inv_right_jacobian(e:Float[np.ndarray, "*b 3"])->Float[np.ndarray, "*b 3 3"]: # Of rotation vectors in rad
     "How a rotation vector changes when its rotation is turned a little on the right"
     t = np.sqrt((e*e).sum(-1))[..., None, None]; W = hat(e); s = np.maximum(t, 1e-5)
     return np.eye(3)+.5*W+np.where(t < 1e-3, 1/12, 1/s**2-(1+np.cos(s))/(2*s*np.maximum(np.sin(s), 1e-9)))*(W @ W)
 
-def residuals(p:Problem, A, X, *, jac=True):
-    "Residuals (n m), derivatives by the agent and the object (n m 6), the symmetry chosen (n)"
+def residuals(
+    p:Problem, # What `make_problem` returns
+    A:Float[np.ndarray, "a 4 4"], # World to agent
+    X:Float[np.ndarray, "o 4 4"], # Object to world
+    *,
+    jac:bool=True, # Work out derivatives
+)->tuple: # Residuals (n m), standard deviations or px; derivatives by agent and object (n m 6) or None; the symmetry chosen (n)
+    "How far each candidate is from what a state predicts"
     n = len(p.obj); k = np.arange(n); VA = p.V @ A[p.agent]; T = VA @ X[p.obj]
     if not p.reprojection:
         R, M = T[:, :3, :3], p.M
@@ -135,29 +141,29 @@ def residuals(p:Problem, A, X, *, jac=True):
 
 def _choose(cost, p): return np.where(np.arange(cost.shape[1]) < p.n_sym[:, None], cost, np.inf).argmin(1)
 
-# %% ../nbs/22d_refinement.ipynb #b2b7dedf
-def rho(s, kind, scale):
-    "Robust loss of a squared residual, and its derivative (the weight)"
+# %% ../nbs/22d_refinement.ipynb #a66ba2d0
+def rho(s, kind, scale)->tuple: # Loss and its derivative, the weight in [0, 1], of the shape of `s`
+    "Robust loss of squared residuals: kind 0 squares, 1 Huber, 2 Geman-McClure, bending at `scale`"
     c2 = scale*scale
     if kind == 0: return s, np.ones_like(s)
     if kind == 1: root = np.sqrt(np.maximum(s, 1e-300)); return np.where(s <= c2, s, 2*scale*root-c2), np.where(s <= c2, 1., scale/root)
     return c2*s/(c2+s), (c2/(c2+s))**2
 
-# %% ../nbs/22d_refinement.ipynb #1a38c88f
-def prior_residual(p:Problem, A):
-    "Residuals of agents against what is known of their pose (a 6), and derivatives (a 6 6)"
+# %% ../nbs/22d_refinement.ipynb #3a02b678
+def prior_residual(p:Problem, A)->tuple: # Residuals (a 6) in standard deviations, zero where nothing is known; derivatives (a 6 6)
+    "Agents (world to agent, a 4 4) against what is known of their pose"
     P, R = p.prior, A[:, :3, :3]; w = np.repeat(p.prior_w, 3, 1)
     c, c0 = (-(T[:, :3, :3].swapaxes(1, 2) @ T[:, :3, 3:])[..., 0] for T in (A, P)); e = rot_log(R @ P[:, :3, :3].swapaxes(1, 2))
     J = np.zeros((len(A), 6, 6)); J[:, :3, :3], J[:, 3:, 3:] = -R.swapaxes(1, 2), inv_right_jacobian(-e)
     return np.concatenate([c-c0, e], 1)*w, J*w[..., None]
 
-def loss(p:Problem, A, X, kind, scale):
-    "Robust loss of a state"
+def loss(p:Problem, A, X, kind, scale)->float: # Of all candidates and priors
+    "Robust loss of a state: agents (a 4 4), objects (o 4 4); see `rho`"
     r = residuals(p, A, X, jac=False)[0]
     return rho((r*r).sum(1), kind, scale)[0].sum()+((prior_residual(p, A)[0])**2).sum()
 
-def normal_equations(p:Problem, A, X, kind, scale):
-    "Blocks of agents (a da da), of objects (o do do), between them (a da o do), and the gradients"
+def normal_equations(p:Problem, A, X, kind, scale)->tuple: # Blocks of agents (a da da), of objects (o do do), between them (a da o do); gradients (a da), (o do)
+    "Normal equations of one step with the weights of the robust loss"
     r, Ja, Jo, _ = residuals(p, A, X); w = rho((r*r).sum(1), kind, scale)[1][:, None, None]
     Ja, Jo = Ja[..., p.dims[0]]*p.free_a[p.agent, None, None], Jo[..., p.dims[1]]*p.free_o[p.obj, None, None]
     na, no, da, do = len(A), len(X), *map(len, p.dims)
@@ -173,8 +179,8 @@ def _damped(H, lam):
     out[:, i, i] = np.where(d > 0, d*(1+lam)+1e-12, 1.)
     return out
 
-def solve_step(p:Problem, A, X, kind, scale, lam):
-    "Motions of agents (a da) and objects (o do)"
+def solve_step(p:Problem, A, X, kind, scale, lam)->tuple: # Motions of agents (a da) and objects (o do), metres and rad
+    "One damped step: `lam` times the diagonal is added, objects are eliminated first"
     Haa, Hoo, W, ga, go = normal_equations(p, A, X, kind, scale); na, da, no, do = W.shape
     Haa, Hoo = _damped(Haa, lam), _damped(Hoo, lam)
     E = np.linalg.solve(Hoo, W.reshape(na*da, no, do).transpose(1, 2, 0)); f = np.linalg.solve(Hoo, go[..., None])[..., 0]   # o do (a da)
@@ -183,13 +189,13 @@ def solve_step(p:Problem, A, X, kind, scale, lam):
     xa = np.linalg.solve(S, (W.reshape(na*da, -1) @ f.ravel())-ga.ravel())
     return xa.reshape(na, da), -f-(E @ xa)
 
-def retract(p:Problem, A, X, xa, xo):
-    "The state after a motion"
+def retract(p:Problem, A, X, xa, xo)->tuple: # Agents (a 4 4), objects (o 4 4)
+    "The state after a motion of agents (a da) on the left and of objects (o do) on the right"
     full = lambda x, d: np.stack([x[:, d.index(i)] if i in d else np.zeros(len(x)) for i in range(6)], 1)
     a, o = full(xa, list(p.dims[0])), full(xo, list(p.dims[1]))
     return pose_of(rot_exp(a[:, 3:]), a[:, :3]) @ A, X @ pose_of(rot_exp(o[:, 3:]), o[:, :3])
 
-# %% ../nbs/22d_refinement.ipynb #8d7ae5b6
+# %% ../nbs/22d_refinement.ipynb #9bc3c868
 REASONS = ('converged', 'no step lowers the loss', 'max_iter')
 
 def _refine_numpy(p:Problem, A, X, stages, max_iter, tol):
@@ -214,7 +220,7 @@ def _refine_C(p:Problem, A, X, stages, max_iter, tol):
     return A, X, int(info[0]), int(info[1]), history[:info[2]].tolist()
 
 def scene_graph(
-    p:Problem,
+    p:Problem, # What `make_problem` returns
     A:Float[np.ndarray, "a 4 4"], # World to agent
     X:Float[np.ndarray, "o 4 4"], # Object to world
     kind:int=0, # Loss: 0 squares, 1 Huber, 2 Geman-McClure
@@ -229,7 +235,7 @@ def _refine_gtsam(p:Problem, A, X, stages, max_iter, tol):
     from bev_reid.refine_gtsam import minimise
     return minimise(lambda kind, scale, A, X: scene_graph(p, A, X, kind, scale), A, X, stages, max_iter, tol)
 
-# %% ../nbs/22d_refinement.ipynb #21c25bd3
+# %% ../nbs/22d_refinement.ipynb #c7956644
 @dataclass
 class SceneState:
     "A refined scene"
@@ -257,10 +263,10 @@ def initial_objects(c:BoxCandidates, obj:np.ndarray, world, *, model:str='se3')-
     return out
 
 def refine_scene(
-    c:BoxCandidates,
+    c:BoxCandidates, # What each view says
     obj:np.ndarray, # Object of each candidate (n); -1: none
     world:Float[np.ndarray, "a 4 4"], # Poses of agents to start from; NaN: not in the scene
-    cfg:RefineConfig=RefineConfig(),
+    cfg:RefineConfig=RefineConfig(), # Residual, loss, freedom and solver
     *,
     objects:Float[np.ndarray, "o 4 4"]|None=None, # Poses of objects to start from; None: a candidate's
 )->SceneState:
@@ -277,9 +283,9 @@ def refine_scene(
     factor = noise_factor(p, s2); out = np.full((c.n_agents, 4, 4), np.nan); out[used] = inv_pose(A[used])
     return SceneState(out, X, *covariances(p, A, X, *stages[-1]), res, weight, history, n_iter, REASONS[why], factor)
 
-# %% ../nbs/22d_refinement.ipynb #44a79541
-def noise_factor(p:Problem, s2)->float:
-    "Residuals over what their covariance promises; 1 where it is right"
+# %% ../nbs/22d_refinement.ipynb #b65bde9f
+def noise_factor(p:Problem, s2)->float: # Above 1: the detector errs more than it says
+    "Squared residuals (n) over what their covariance promises; 1 where it is right"
     m = 16 if p.reprojection else 6; n = len(s2)
     if p.reprojection: return math.sqrt(np.median(s2)/2)
     free = p.free_a.sum()*len(p.dims[0])+p.free_o[np.unique(p.obj)].sum()*len(p.dims[1]); left = max(.1, 1-free/(m*n))

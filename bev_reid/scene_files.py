@@ -125,7 +125,7 @@ def read_candidates(path)->BoxCandidates:
     except (KeyError, TypeError, IndexError) as e: raise ValueError(f"{path}: {type(e).__name__} {e}") from e
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
 
-# %% ../nbs/22a_scene_files.ipynb #7bd2cabd
+# %% ../nbs/22a_scene_files.ipynb #9a0e6b54
 def candidates_of_frames(
     data, # `DrivingData`
     tokens:list, # Sample tokens; one with cams=True
@@ -135,7 +135,7 @@ def candidates_of_frames(
     radius:float=50., # Farther boxes are left out, metres
     noise:NoiseModel|None=None, # Error to add; None: as annotated
     level:bool=False, # Give cameras level axes (x ahead, z up) as agents; their tilt is known then
-    seed:int=0,
+    seed:int=0, # Of the error that is added
     ids:dict|None=None, # Numbers of identities, kept from call to call
 )->tuple: # Candidates, with `truth` an integer per identity; true pose of each agent (a 4 4)
     "Candidates of real keyframes with their extrinsics hidden"
@@ -162,13 +162,13 @@ def candidates_of_frames(
         T_agent = pose_of(flat, T_view[:, :3, 3]); c = replace(c, view2agent=inv_pose(T_agent) @ T_view); return c, T_agent
     return c, T_view
 
-# %% ../nbs/22a_scene_files.ipynb #45c52678
+# %% ../nbs/22a_scene_files.ipynb #eddc53f6
 def candidates_of_drive(
     data, # `DrivingData`
     tokens:list, # Sample tokens of one scene, in order
     *,
     noise:NoiseModel|None=None, # Error to add; None: as annotated
-    seed:int=0,
+    seed:int=0, # Of the error that is added
     **kw, # For `candidates_of_frames`
 )->tuple: # Candidates, one view per camera and keyframe; camera of each view (v); pose of the car at each view in the world (v 4 4); true level pose of each camera in the car (c 4 4)
     "Candidates of all cameras of a drive with the cameras' poses hidden"

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from .candidates import inv_pose, move
 from .scene_scores import box_points, majority, members, object_rows
 
-# %% ../nbs/22g_scene_show.ipynb #0b11a8bc
+# %% ../nbs/22g_scene_show.ipynb #9aa6cf2c
 def _fitted(scene, truth):
     "Takes the found world to the true one, by the agents' places and axes; the identity without a truth"
     if truth is None: return np.eye(4)
@@ -28,11 +28,11 @@ def show_scene(
     *,
     world:Float[np.ndarray, "a 4 4"]|None=None, # Poses of agents to draw candidates with; None: the refined ones
     ax=None, # Axes; a new figure by default
-    title:str|None=None,
-):
+    title:str|None=None, # Text above it
+)->"matplotlib.axes.Axes": # The axes, in metres of the world
     "Draw a scene from above"
     from bev_reid.viz import id_colors, new_axes, RIGHT, WRONG
-    ax = new_axes(size=(4.6, 4.4))[0, 0] if ax is None else ax; c, W = scene.candidates, scene.world if world is None else world
+    ax = new_axes(size=(4.6, 4.9))[0, 0] if ax is None else ax; c, W = scene.candidates, scene.world if world is None else world
     F = _fitted(scene, truth); W = F @ W; ag = c.agent[c.view]; ok = np.isfinite(W).all((1, 2)) & (scene.group >= 0)
     if truth is not None:
         for T, s in zip(truth.objects, truth.size): _box(ax, T, s, color='.75', lw=3)
@@ -47,6 +47,10 @@ def show_scene(
         if not ok[c.agent[v]]: continue
         T = W[c.agent[v]] @ c.view2agent[v]; ahead = T[:2, 2] if c.K is not None else T[:2, 0]; ahead = ahead/max(np.linalg.norm(ahead), 1e-9); side = np.array([-ahead[1], ahead[0]]); p = T[:2, 3]
         ax.fill(*np.stack([p, p+reach*(ahead+.5*side), p+reach*(ahead-.5*side)]).T, color=id_colors([v])[0], alpha=.5); ax.annotate(str(c.views[v]), p, fontsize=7)
+    from matplotlib.lines import Line2D
+    rows = [Line2D([], [], color='k', lw=1, label='found')]+[Line2D([], [], color='.75', lw=3, label='true')]*(truth is not None)
+    rows += [Line2D([], [], color='C0', marker='.', lw=1, label='candidate')] if ids is None else [Line2D([], [], color=c, marker='.', lw=1, label=n) for c, n in ((RIGHT, 'right match'), (WRONG, 'wrong match'))]
+    ax.legend(handles=[*rows, Line2D([], [], color='.6', marker='x', ls='', ms=4, label='in no object')], loc='upper center', bbox_to_anchor=(.5, -.1), ncols=5, fontsize=6, frameon=False, handlelength=1.2, columnspacing=1.)
     ax.set_aspect('equal'); ax.tick_params(labelsize=7); ax.set_xlabel('x, m', fontsize=7); ax.set_ylabel('y, m', fontsize=7)
     if title or not scene.solved: ax.set_title(title or 'not solved', fontsize=8)
     return ax
