@@ -6,8 +6,10 @@
 __all__ = ['bev_reid_occ_create', 'bev_reid_occ_train', 'bev_reid_occ_eval', 'bev_reid_occ_convert', 'bev_reid_occ_show',
            'bev_reid_occ_shapes']
 
-# %% ../nbs/23i_occ_verbs.ipynb #05aa39a7
+# %% ../nbs/23i_occ_verbs.ipynb #ce4fc7ab
 from pathlib import Path
+
+from fastcore.script import Param
 
 from .cli import _device, _set, _words, set_fields, verb
 
@@ -237,15 +239,19 @@ def bev_reid_occ_shapes(
     window:float=1., # Seconds of sweeps before each sighting
     min_gap:float=2., # Sightings nearer in time than this are junk, seconds
     classes:str='vehicle.*', # Category patterns
-    out:str='', # Picture of a gallery: one sweep, the window, the whole track
+    out:str='', # Picture of a gallery: one sweep, the window, the whole track; with --dataset the folder of the new data set
     skip_missing:bool=False, # Leave out sweeps that cannot be read
+    dataset:str='', # A ReID data set of this world: add the shapes to its crops, in place of a ranking
+    box_noise:Param('With --dataset: place (m) and heading (degrees) of the boxes are off by so much, as those of a detector', float, nargs='*')=(),
 ):
-    "Rank vehicles by their shape under the leakage rule, beside the annotated size of their boxes"
+    "Rank vehicles by their shape under the leakage rule, beside the annotated size of their boxes; or add shapes to the crops of a data set"
     import numpy as np
     from bev_reid.data import DrivingData
     from bev_reid.evaluate import box_size_features
     from bev_reid.occ_shapes import ShapeBank, ShapeConfig, shape_descriptor, shape_ranking
     data, rows, banks = DrivingData(dataroot), {}, []
+    if dataset: return _to_crops(data, dataset, out, split, ShapeConfig(window=window), tuple(box_noise) or (0., 0.), skip_missing)
+    if box_noise: raise ValueError("--box_noise goes with --dataset")
     for name in data.split_scenes(split): banks.append(ShapeBank(data, name, categories=classes, skip_missing=skip_missing))
     for label, cfg in (('one sweep', ShapeConfig(window=0)), (f'{window:g} s', ShapeConfig(window=window)), (f'{window:g} s, mirrored', ShapeConfig(window=window, symmetry=True)), ('annotated box size alone (a leak)', ShapeConfig(window=window))):
         shapes = [s for b in banks for s in b.sightings(cfg)]
@@ -257,6 +263,19 @@ def bev_reid_occ_shapes(
         print(f"{label:34} rank-1 {rows[label]['rank1']:.2f}  mAP {rows[label]['mAP']:.2f}  queries {ok.sum()}  median coverage {rows[label]['coverage']:.2f}")
     if out: _gallery(banks, ShapeConfig(window=window), out)
     return rows
+
+def _to_crops(data, dataset, out, split, cfg, box_noise, skip_missing):
+    "Shapes as channels of a data set"
+    import json
+    from bev_reid.occ_crops import add_shapes
+    if not out: raise ValueError("--dataset needs --out, the folder of the new data set")
+    if split != 'all': raise ValueError(f"--split {split} is for rankings: a data set gets the shapes of all its scenes")
+    add_shapes(dataset, data, out, cfg=cfg, box_noise=box_noise, skip_missing=skip_missing, progress=True)
+    got = json.loads((Path(out)/'dataset.json').read_text())['shapes']; n = got['n_with']+got['n_without']
+    print(f"{out}: {got['n_with']} of {n} observations have a shape of {cfg.min_points} points or more (median {got['sweeps']:g} sweeps, coverage {got['coverage']:.2f}), the others zeros")
+    if not got['sweeps_between_keyframes']: print(f"the world has no sweeps between keyframes: the window of {cfg.window:g} s covers keyframes only")
+    print(f"a network that reads them is measured with --min_gap above {cfg.window:g}")
+    return got
 
 def _gallery(banks, cfg, out, n=4):
     "The best-covered vehicles: one sweep, a window, the whole track"

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BASELINE_METRICS', 'chance', 'RankingResult', 'lazy_distances', 'distances', 'evaluate_ranking', 'Observations',
-           'lazy_junk', 'junk_mask', 'all_observations', 'SingleShotResult', 'single_shot', 'bootstrap', 'roc',
-           'position_features', 'raw_crop_features', 'colour_features', 'thumbnail_features', 'box_size_features',
-           'evaluate_all', 'format_table']
+           'check_window', 'lazy_junk', 'junk_mask', 'all_observations', 'SingleShotResult', 'single_shot', 'bootstrap',
+           'roc', 'position_features', 'raw_crop_features', 'colour_features', 'thumbnail_features',
+           'box_size_features', 'evaluate_all', 'format_table']
 
 # %% ../nbs/10_evaluate.ipynb #9149c117
 import html
@@ -111,7 +111,7 @@ def evaluate_ranking(
     r = rank_matches(dist, q_ids, g_ids, junk=junk, tie_eps=tie_eps, chunk=2048 if lazy else chunk, **options)
     return RankingResult(np.asarray(q_ids), r.first, r.ap, r.inp, r.n_matches, r.n_allowed, ks=tuple(ks))
 
-# %% ../nbs/10_evaluate.ipynb #1e782b92
+# %% ../nbs/10_evaluate.ipynb #f866a83b
 @dataclass
 class Observations:
     "Who was seen when and where, one row per observation"
@@ -119,6 +119,7 @@ class Observations:
     frames:ArrayLike # Sample token (i): equal within a keyframe
     times:ArrayLike # Time (i), seconds
     scenes:ArrayLike # Scene token (i)
+    window:float|None=None # The features were made from so many seconds of sweeps before each observation; None: from its keyframe alone
 
     def __post_init__(self):
         self.ids, self.frames, self.scenes = (np.asarray(v) for v in (self.ids, self.frames, self.scenes))
@@ -126,9 +127,20 @@ class Observations:
         if len({len(self.ids), len(self.frames), len(self.times), len(self.scenes)}) > 1: raise ValueError(f"columns differ in length: ids {len(self.ids)}, frames {len(self.frames)}, times {len(self.times)}, scenes {len(self.scenes)}")
         if len(self.times) and np.abs(self.times).max() > 1e11: raise ValueError("times look like microseconds: pass seconds (timestamp * 1e-6)")
     def __len__(self): return len(self.ids)
-    def take(self, idx): return Observations(self.ids[idx], self.frames[idx], self.times[idx], self.scenes[idx])
+    def take(self, idx): return Observations(self.ids[idx], self.frames[idx], self.times[idx], self.scenes[idx], self.window)
 
-# %% ../nbs/10_evaluate.ipynb #df508a3d
+# %% ../nbs/10_evaluate.ipynb #ff59457a
+def check_window(
+    window:float|None, # Seconds of sweeps behind the features; None or 0: the keyframe's alone
+    *,
+    min_gap:float, # Least time between the two sides, seconds
+    scope:str='all', # As in `lazy_junk`
+):
+    "Raise ValueError where a sweep could stand on both sides of a comparison"
+    if window and scope != 'other' and min_gap <= window+1e-5:
+        raise ValueError(f"min_gap {min_gap:g} s is not longer than the window of {window:g} s from which the shapes of both sides were made: a sweep could stand in query and gallery; take a min_gap above {window:g} s, scope='other', or shapes of a shorter window")
+
+# %% ../nbs/10_evaluate.ipynb #eafdee92
 def lazy_junk(
     q:Observations, # Queries
     g:Observations, # Gallery
@@ -136,7 +148,8 @@ def lazy_junk(
     min_gap:float=2., # Same scene and nearer in time than this is junk, seconds
     scope:str='all', # Gallery: `all` scenes, the own `scene`, or `other` scenes
 )->LazyJunk: # Called with a slice of queries it returns their junk (q' g) bool
-    "Which pairs to leave out, in blocks of queries"
+    "Which pairs to leave out, in blocks of queries; raises ValueError where a sweep could stand on both sides"
+    check_window(max((o.window or 0 for o in (q, g))), min_gap=min_gap, scope=scope)
     return LazyJunk(same=(q.frames, g.frames), scenes=(q.scenes, g.scenes), times=(q.times, g.times), min_gap=min_gap, scope=scope)
 
 def junk_mask(q, g, *, min_gap=2., scope='all')->Bool[np.ndarray, "q g"]:
@@ -204,7 +217,7 @@ class SingleShotResult:
         return {**{k: float(v.mean()) for k, v in per.items()}, **{k+'_std': float(v.std()) for k, v in per.items()},
                 'n_ids': self.ranks.shape[1], 'n_skipped': self.n_skipped, 'n_galleries': len(self.ranks), **self.settings}
 
-# %% ../nbs/10_evaluate.ipynb #3bd63e20
+# %% ../nbs/10_evaluate.ipynb #ead3d89e
 def single_shot(
     features, # Features (i ...), or distances (i i), or a function of rows, with `metric='given'`
     obs:Observations, # The same observations
@@ -217,6 +230,7 @@ def single_shot(
     tie_eps:float=1e-6, # As in `evaluate_ranking`
 )->SingleShotResult:
     "One probe and one gallery entry per identity, repeated"
+    if obs.window is not None: raise ValueError("no single-shot galleries with shapes: probes meet entries of other vehicles at any time, and a sweep would stand on both sides")
     f = check_features(features, 'features') if metric != 'given' else features if callable(features) else np.asarray(features)
     if np.shape(f)[0] != len(obs): raise ValueError(f"{np.shape(f)[0]} features for {len(obs)} observations")
     ids, = codes(obs.ids); names = np.unique(ids)

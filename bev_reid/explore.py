@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Picture', 'Explorer', 'Features', 'RetrievalExplorer', 'SceneExplorer']
 
-# %% ../nbs/10e_explore.ipynb #0713d9ad
+# %% ../nbs/10e_explore.ipynb #1ee23157
 import io
 from collections import OrderedDict
 from contextlib import contextmanager
+from dataclasses import replace
 
 import ipywidgets as W
 import numpy as np
@@ -102,7 +103,7 @@ class Features:
             else: raise ValueError(f"no method {name!r}: choose one of {', '.join(self.names)}")
         return self._kept[name]
 
-# %% ../nbs/10e_explore.ipynb #1623d097
+# %% ../nbs/10e_explore.ipynb #f7f5a0dc
 class RetrievalExplorer(Explorer):
     "Choose a query vehicle and see its ranked gallery"
     def __init__(self,
@@ -118,7 +119,7 @@ class RetrievalExplorer(Explorer):
         device='cpu', # Where the crops are embedded
     ):
         self.ds = ReIDDataset(dataset, split=split, min_visibility=min_visibility)
-        self.obs, self.min_gap, self.scope, self.top, self.rng = observations(self.ds), min_gap, scope, top, np.random.default_rng(seed)
+        self.obs, self.min_gap, self.scope, self.top, self.rng = replace(observations(self.ds), window=None), min_gap, scope, top, np.random.default_rng(seed)
         runs = metric_run if isinstance(metric_run, dict) else {'learned embedding': metric_run} if metric_run else {}
         self.features = Features(self.ds, runs, device=device)
         t, style = self.ds.table, dict(style={'description_width': 'initial'})

@@ -127,7 +127,7 @@ def _validate(data, val, cfg, recipe, label_of):
         return validation_numbers(embed(m.company.net, np.concatenate(crops)).numpy(), obs, lambda i: pics[i], min_gap=recipe.val_gap)
     return run
 
-# %% ../nbs/10c_joint.ipynb #fca98192
+# %% ../nbs/10c_joint.ipynb #64ec1caa
 def train_joint(
     dataset, # Folder of a ReID data set: names the BEV network, the data, the split and the crops
     run_dir, # Folder of the run
@@ -145,7 +145,7 @@ def train_joint(
     if recipe.init: raise ValueError(f"a joint training starts from the BEV network of its data set and a new metric network, and has no init ({recipe.init}): train on the frozen map, or leave init out")
     whole, model, lss_recipe, data, cfg = source_of(dataset, lss=lss, dataroot=dataroot)
     ds, val = training_sets(dataset, recipe, split=split)
-    if cfg.features != ('bev',): raise ValueError(f"a joint training needs crops of the BEV map alone, but {dataset} holds {', '.join(cfg.features)}: the others have no gradient; build it with features=('bev',)")
+    if whole.features != ('bev',): raise ValueError(f"a joint training needs crops of the BEV map alone, but {dataset} holds {', '.join(whole.features)}: the others have no gradient; build it with features=('bev',)")
     labels, id_map = reindex(ds.table['identity'])
     recipe = replace(recipe, net=replace(recipe.net, in_channels=whole.channels, crop_size=(cfg.crop.size,)*2))
     if val is not None: recipe = replace(recipe, fit=replace(recipe.fit, best_by=recipe.fit.best_by or 'mAP'))

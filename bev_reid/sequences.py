@@ -7,7 +7,7 @@ __all__ = ['DISTANCES', 'view_angle', 'Tracklets', 'tracklets', 'check_distance'
            'offsets', 'tracklet_distances', 'check_frames', 'TrackletDistances', 'keep_best', 'match_tracklets',
            'tracklet_gap', 'tracklet_junk', 'rank_tracklets', 'film', 'dataset_tracklets', 'evaluate_tracklets']
 
-# %% ../nbs/21_sequences.ipynb #1b349bf8
+# %% ../nbs/21_sequences.ipynb #a3831f61
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .dataset import ReIDDataset, check_crops, held_out_split, trained_features, trained_ids
-from .evaluate import Observations, RankingResult, bootstrap, evaluate_ranking
+from .evaluate import Observations, RankingResult, bootstrap, check_window, evaluate_ranking
 from .measure import paired_difference
 from .metric import embed, load_metric
 from .ranking import check_features, codes
@@ -31,7 +31,7 @@ def view_angle(
     "From which side a vehicle is seen"
     return (np.arctan2(-np.asarray(y), -np.asarray(x))-yaw+np.pi) % (2*np.pi)-np.pi
 
-# %% ../nbs/21_sequences.ipynb #d6f1189a
+# %% ../nbs/21_sequences.ipynb #54b0f8b5
 @dataclass
 class Tracklets:
     "Ordered sightings: tracklet k holds the observations rows[ptr[k]:ptr[k+1]]"
@@ -42,6 +42,7 @@ class Tracklets:
     ids:np.ndarray # Identity of each tracklet (k)
     scenes:np.ndarray # Scene (k)
     tracks:np.ndarray # Track (k)
+    window:float|None=None # Seconds of sweeps behind the features of a sighting: see `Observations`
 
     def __len__(self): return len(self.ptr)-1
     def __getitem__(self, k): return self.rows[self.ptr[k]:self.ptr[k+1]]
@@ -62,13 +63,13 @@ class Tracklets:
         first, length = np.asarray(first, dtype=int), np.broadcast_to(length, len(first))
         ptr = np.r_[0, np.cumsum(length)]; at = np.arange(ptr[-1])+np.repeat(first-ptr[:-1], length)
         of = np.searchsorted(self.ptr, first, 'right')-1 if of is None else of
-        return Tracklets(self.rows[at], ptr, self.times[at], None if self.angles is None else self.angles[at], self.ids[of], self.scenes[of], self.tracks[of])
+        return Tracklets(self.rows[at], ptr, self.times[at], None if self.angles is None else self.angles[at], self.ids[of], self.scenes[of], self.tracks[of], self.window)
     def take(self, k): k = np.arange(len(self))[k]; return self.windows(self.ptr[k], self.lengths[k], k)
     def central(self, length):
         "The middle `length` sightings of each (all of one that is shorter)"
         n = np.minimum(self.lengths, length); return self.windows(self.ptr[:-1]+self.lengths//2-n//2, n, np.arange(len(self)))
 
-# %% ../nbs/21_sequences.ipynb #37f38276
+# %% ../nbs/21_sequences.ipynb #7253ccff
 def tracklets(
     obs:Observations,
     tracks, # Track of each observation (i), such as `instance_token`
@@ -88,7 +89,7 @@ def tracklets(
     if (twice := np.flatnonzero(same & (step <= 0))).size: raise ValueError(f"track {tracks[rows[twice[0]]]} is seen twice at {t[twice[0]]:g} s ({len(twice)} such cases): a track has one observation per time")
     ptr = np.r_[0, np.flatnonzero(~same | (step > max_gap))+1, len(rows)]
     head = rows[ptr[:-1]]
-    out = Tracklets(rows, ptr, t, None if angles is None else np.asarray(angles)[rows], obs.ids[head], obs.scenes[head], tracks[head])
+    out = Tracklets(rows, ptr, t, None if angles is None else np.asarray(angles)[rows], obs.ids[head], obs.scenes[head], tracks[head], obs.window)
     if length is None: return out
     first = np.concatenate([np.arange(a, b-length+1, stride) for a, b in zip(ptr, ptr[1:])])
     if not len(first): raise ValueError(f"no tracklet of {length} sightings: the longest of {len(out)} pieces (max_gap {max_gap:g} s) has {out.lengths.max()}; lower the length to {out.lengths.max()} or raise max_gap")
@@ -232,7 +233,7 @@ def match_tracklets(
         out.append(best)
     return tuple(torch.cat(v).numpy() for v in zip(*out)) if out else (np.zeros((0, top)), np.zeros((0, top), int))
 
-# %% ../nbs/21_sequences.ipynb #b4a13cea
+# %% ../nbs/21_sequences.ipynb #ac54a4b2
 def tracklet_gap(q:Tracklets, g:Tracklets)->Float[np.ndarray, "q g"]:
     "Seconds between the end of one and the beginning of the other; below 0 where they overlap"
     return np.maximum(g.start[None]-q.end[:, None], q.start[:, None]-g.end[None])
@@ -246,6 +247,7 @@ def tracklet_junk(
 ): # Function of a slice of queries -> mask (q' g)
     "Which pairs of tracklets to leave out"
     if scope not in ('all', 'scene', 'other'): raise ValueError(f"scope must be 'all', 'scene' or 'other', got {scope!r}")
+    check_window(max(t.window or 0 for t in (q, g)), min_gap=min_gap, scope=scope)
     qs, gs = codes(q.scenes, g.scenes)
     def rows(at):
         own = qs[at][:, None] == gs

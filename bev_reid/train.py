@@ -6,7 +6,7 @@
 __all__ = ['LSSRecipe', 'jitter', 'start_from', 'LSSWithCompany', 'train_lss', 'MetricRecipe', 'CropBatches', 'training_sets',
            'metric_model', 'train_metric', 'baseline_features', 'evaluate_reid', 'watch']
 
-# %% ../nbs/10b_train.ipynb #39004ff2
+# %% ../nbs/10b_train.ipynb #ab89539a
 import json, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from .crops import CropConfig, crop_bev
 from .data import BEVAug, DrivingData, ImgAug, SampleDataset, collate_samples
 from .dataset import DatasetConfig, ReIDDataset, check_crops, check_disjoint, held_out_split, identities, identity_sides, pk_order, split_identities, trained_features, trained_ids
 from .enhance import Enhance, enhance, steps_of
-from .evaluate import (BASELINE_METRICS, box_size_features, colour_features, evaluate_all, position_features, raw_crop_features, thumbnail_features)
+from .evaluate import (BASELINE_METRICS, box_size_features, colour_features, evaluate_all, lazy_junk, position_features, raw_crop_features, thumbnail_features)
 from .fit import Batches, FitConfig, from_plain, checkpoints, fit, gathered, plain, shuffled, write_json
 from .lss import LiftSplat, LSSConfig, eval_lss, full_precision, load_lss, lss_loss, run_lss
 from .measure import measure_more
@@ -263,7 +263,7 @@ def metric_model(
     model.head.register_forward_pre_hook(_gather)
     return model
 
-# %% ../nbs/10b_train.ipynb #80b4d748
+# %% ../nbs/10b_train.ipynb #53440f47
 def train_metric(
     dataset, # Folder of a ReID data set
     run_dir, # Folder of the run
@@ -276,6 +276,7 @@ def train_metric(
 )->dict: # As `fit`
     "Train the cosine metric network on the crops of a data set; killed and called again it goes on"
     ds, val = training_sets(dataset, recipe, split=split)
+    if val is not None: o = observations(val); lazy_junk(o, o, min_gap=recipe.val_gap)   # refused now, not at the first validation
     labels, id_map = reindex(ds.table['identity'])
     size = ds.config['dataset']['crop']['size']
     recipe = replace(recipe, net=replace(recipe.net, in_channels=ds.channels, crop_size=(size, size)))

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['balanced_order', 'observations', 'parts', 'take', 'rankings', 'validation_numbers']
 
-# %% ../nbs/10a_validate.ipynb #b0376282
+# %% ../nbs/10a_validate.ipynb #622c1418
 import copy
 
 import numpy as np
 import torch
 
-from .dataset import ReIDDataset
+from .dataset import ReIDDataset, shape_window
 from .evaluate import Observations, all_observations, junk_mask
 
 # %% ../nbs/10a_validate.ipynb #d8e924bd
@@ -39,12 +39,12 @@ def balanced_order(
         return [[j for i in batch for j in turns.setdefault(i, deal(i, epoch))] for batch in cut]
     return order
 
-# %% ../nbs/10a_validate.ipynb #93650b1a
+# %% ../nbs/10a_validate.ipynb #98873f88
 def observations(
     ds:ReIDDataset,
 )->Observations:
-    "Identity, keyframe, time and scene of each observation"
-    return Observations(ds.table['identity'], ds.table['sample_token'], ds.times, ds.table['scene_token'])
+    "Identity, keyframe, time and scene of each observation, and the window of its shapes where they are read"
+    return Observations(ds.table['identity'], ds.table['sample_token'], ds.times, ds.table['scene_token'], shape_window(ds))
 
 # %% ../nbs/10a_validate.ipynb #d9f653f5
 def parts(

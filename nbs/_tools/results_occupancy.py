@@ -31,10 +31,11 @@ from bev_reid.dataset import identities
 from bev_reid.evaluate import Observations, all_observations, box_size_features, colour_features, evaluate_all, format_table, junk_mask, position_features
 from bev_reid.fit import write_json
 from bev_reid.measure import paired_difference
+from bev_reid.occ_crops import misplace
 from bev_reid.occ_files import OccFolder
 from bev_reid.occ_kernels import OccGrid
 from bev_reid.occ_scene import OccConfig
-from bev_reid.occ_shapes import ShapeBank, ShapeConfig, check_no_leak, make_shape, shape_descriptor
+from bev_reid.occ_shapes import ShapeBank, ShapeConfig, check_no_leak, shape_descriptor
 from bev_reid.occupancy import create_occupancy
 from bev_reid.toy import make_toy
 
@@ -71,12 +72,6 @@ def shapes_table(a):
     q = lambda k: dict(median=float(np.median([r[k] for r in far])), worst=float(max(r[k] for r in far)))
     return dict(vehicles=far, mesh=dict(n=len(far), **{k: q(k) for k in ('rms', 'q50', 'q95', 'q99')}), coverage={k: dict(median=float(np.median(v)), n=len(v)) for k, v in cover.items()})
 
-def moved(shape, rng, cfg, *, metres=.1, degrees=3.):
-    "The shape as a box that is off by so much would show it"
-    c, s = np.cos(t := np.radians(rng.normal(0, degrees))), np.sin(t)
-    p = shape.points.astype(float)+np.r_[rng.normal(0, metres, 2), 0.]
-    return make_shape(np.stack([p[:, 0]*c+p[:, 1]*s, p[:, 1]*c-p[:, 0]*s, p[:, 2]], 1), shape.wlh, cfg, **{k: getattr(shape, k) for k in ('instance_token', 'scene', 'sample_token', 'time', 'kind', 'sweeps', 'latest')})
-
 def sightings(data, names):
     "Every vehicle at every keyframe where a camera sees it and its window has points enough: shapes, patches, places, sizes"
     cfg = ShapeConfig(window=WINDOW); rows = []
@@ -101,7 +96,7 @@ def reid_table(a):
     check_no_leak(shapes, shapes, junk_mask(obs, obs, min_gap=GAP))
     f = {k: np.stack([shape_descriptor(r[k]) for r in rows]) for k in ('one', 'window', 'mirrored')}
     colour, wlh = colour_features([r['patch'] for r in rows]), np.stack([s.wlh for s in shapes])
-    off = np.stack([shape_descriptor(moved(s, rng, cfg)) for s in shapes])
+    off = np.stack([shape_descriptor(misplace(s, rng, cfg)) for s in shapes])
     both = lambda x, y: np.concatenate([v/np.linalg.norm(v, axis=1, keepdims=True) for v in (x, y)], 1)
     methods = {'shape, one sweep': f['one'], f'shape, {WINDOW:g} s': f['window'], f'shape, {WINDOW:g} s, mirrored': f['mirrored'], f'shape, {WINDOW:g} s, boxes off by 0.1 m and 3 degrees': off,
                'colour histogram of the patch': colour, f'colour and shape, {WINDOW:g} s': both(colour, f['window']), 'colour and shape, boxes off': both(colour, off),
