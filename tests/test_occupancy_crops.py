@@ -209,3 +209,21 @@ def test_verb_says_what_it_made_and_ends_in_one_line(bare, data, net, tmp_path, 
     p = subprocess.run([sys.executable, script, root, '--dataset', str(out), '--out', str(tmp_path/'w')], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
     last = p.stderr.strip().splitlines()[-1]
     assert p.returncode == 2 and 'Traceback' not in p.stderr and last.startswith('bev_reid_occ_shapes: error: ') and 'has shapes already' in last
+
+# -- the table
+def test_stored_rows_come_from_these_commands():
+    import inspect
+    import shlex
+    sys.path.insert(0, str(ROOT/'nbs'/'_tools'))
+    from results_shapes import ADDS, ROWS, SEEDS, steps
+    from bev_reid import cli as road
+    todo, got = steps('demo/shapes', False), json.loads((ROOT/'results'/'shapes.json').read_text())
+    assert {c['name']: c['command'] for c in got['commands']} == {n: shlex.join(c) for n, c in todo.items()} and not got['quick']
+    rows = {r['method']: r for r in got['rows']}
+    assert set(ROWS) < set(rows) and all(len(rows[n]['seeds']) == len(SEEDS) for n in ROWS) and [(d['of'], d['over']) for d in got['adds']] == ADDS
+    for n in ROWS: assert rows[n]['rank1'] == pytest.approx(np.mean([s['rank1'] for s in rows[n]['seeds']]), abs=2e-4)
+    for d in got['adds']: assert d['mAP']['diff'] == pytest.approx(rows[d['of']]['mAP']-rows[d['over']]['mAP'], abs=2e-4) and d['rank1']['low'] <= d['rank1']['diff'] <= d['rank1']['high']
+    assert got['min_gap_s'] > got['window_s']
+    for c in todo.values():
+        known = inspect.signature(getattr(cli if c[0].startswith('bev_reid_occ') else road, c[0])).parameters
+        assert not [w for w in c if w.startswith('--') and w[2:].replace('-', '_') not in known], c

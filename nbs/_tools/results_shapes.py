@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measures what shapes add beside a learned embedding, under the leakage rule, and writes results/shapes.json
 
-    python nbs/_tools/results_shapes.py            about an hour on one core; interrupted and called again it goes on
+    python nbs/_tools/results_shapes.py            about 45 minutes on one core; interrupted and called again it goes on
     python nbs/_tools/results_shapes.py --list     the commands, without running them
     python nbs/_tools/results_shapes.py --quick    the same road with a tiny world and a few steps: no number of it means anything
 
