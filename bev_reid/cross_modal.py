@@ -43,7 +43,7 @@ def bev_modalities(
     if both := set(out[0].names) & set(out[1].names): raise ValueError(f"the two modalities share {', '.join(sorted(both))}: pass two different features, such as bev lidar")
     return tuple(out)
 
-# %% ../nbs/20b_cross_modal.ipynb #2ba64841
+# %% ../nbs/20b_cross_modal.ipynb #6a4e3097
 def evaluate_cross_modal(
     run, # Run or checkpoint of `train_cross_modal`
     dataset, # Folder of a ReID data set
@@ -61,7 +61,7 @@ def evaluate_cross_modal(
     sides = bev_modalities(dataset, tuple(map(tuple, config['data']['features'])), split=split, min_visibility=min_visibility)
     for f in config['data']['features']: check_crops(ReIDDataset(dataset, split=split, features=f), config['data']['dataset'], name=run)
     emb, obs = [embed_side(net, s, m) for m, s in enumerate(sides)], sides[0].obs
-    junk, rows = lazy_junk(obs, obs, min_gap=min_gap, scope=scope), []
+    junk, rows = lazy_junk(obs, sides[1].obs, min_gap=min_gap, scope=scope), []    # one side may read shapes, the other not
     for a, b in ((0, 1), (1, 0), (0, 0), (1, 1)): rows.append(direction(f'{sides[a].name} -> {sides[b].name}', emb[a], emb[b], obs.ids, obs.ids, junk))
     seen = set(config['id_map']) & set(map(str, obs.ids))
     return dict(title='one vehicle, two modalities'+(' (toy world)' if config['data']['dataset']['version'] == 'v1.0-toy' else ''), rows=rows, embeddings=emb,

@@ -6,7 +6,7 @@
 __all__ = ['LSSRecipe', 'jitter', 'start_from', 'LSSWithCompany', 'train_lss', 'MetricRecipe', 'CropBatches', 'training_sets',
            'metric_model', 'train_metric', 'baseline_features', 'evaluate_reid', 'watch']
 
-# %% ../nbs/10b_train.ipynb #ab89539a
+# %% ../nbs/10b_train.ipynb #29b6a8c5
 import json, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from .augment import CropAug, augment_crops
 from .baselines import background_rows, constant_velocity, imagenet_features, refined
 from .crops import CropConfig, crop_bev
 from .data import BEVAug, DrivingData, ImgAug, SampleDataset, collate_samples
-from .dataset import DatasetConfig, ReIDDataset, check_crops, check_disjoint, held_out_split, identities, identity_sides, pk_order, split_identities, trained_features, trained_ids
+from .dataset import DatasetConfig, ReIDDataset, check_crops, check_disjoint, held_out_split, identities, identity_sides, pk_order, shape_window, split_identities, trained_features, trained_ids
 from .enhance import Enhance, enhance, steps_of
 from .evaluate import (BASELINE_METRICS, box_size_features, colour_features, evaluate_all, lazy_junk, position_features, raw_crop_features, thumbnail_features)
 from .fit import Batches, FitConfig, from_plain, checkpoints, fit, gathered, plain, shuffled, write_json
@@ -318,7 +318,7 @@ def baseline_features(
             'box size, 5 % noise (leak)': (box_size_features(wlh, noise=.05), m['box_size']),
             'box size as annotated (leak)': (box_size_features(wlh), m['box_size'])}
 
-# %% ../nbs/10b_train.ipynb #da128183
+# %% ../nbs/10b_train.ipynb #72458efc
 def evaluate_reid(
     checkpoint, # Metric checkpoint, or folder of a run
     dataset, # Folder of a ReID data set
@@ -343,6 +343,7 @@ def evaluate_reid(
     features = trained_features(config)
     ds = ReIDDataset(dataset, split=split, min_visibility=min_visibility, features=features)
     check_crops(ds, config['dataset'], name=checkpoint)
+    if rerank and shape_window(ds) is not None: raise ValueError(f"no re-ranking ({rerank}) with shapes: it mixes every observation with its neighbours in time, and sweeps would reach the other side whatever the gap")
     def methods_of(d, rerank=rerank):
         e = torch.cat([embed(ck.net, c) for c in parts(d, 'crops')]).numpy()
         return {'learned embedding': e, **({f'learned embedding, {rerank}': refined(e, rerank)} if rerank else {}), **(baseline_features(d, imagenet=imagenet) if baselines else {})}

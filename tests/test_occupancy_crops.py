@@ -133,6 +133,7 @@ def test_gaps_inside_the_window_are_refused_wherever_something_is_measured(shape
     with pytest.raises(ValueError, match='single-shot galleries with shapes'): single_shot(x, obs, min_gap=1.)
     all_observations(x, obs, min_gap=.6); all_observations(x, obs, min_gap=.5, scope='other')
     assert observations(take(ds, np.arange(len(ds)) < 9)).window == .5 and observations(ds.choosing('lidar')).window is None
+    with pytest.raises(ValueError, match='no re-ranking'): evaluate_reid(run, shaped, min_gap=1., min_visibility=1, baselines=False, rerank='expand')
     got = evaluate_reid(run, shaped, min_gap=1., min_visibility=1, baselines=False)
     assert got['rows'][0]['n_queries'] > 0 and 'single-shot' in got['single_shot'][0]['method']
 
@@ -141,6 +142,15 @@ def test_tracklets_obey_it(shaped):
     ds = ReIDDataset(shaped); t = dataset_tracklets(ds, length=2); x = np.random.default_rng(0).normal(size=(len(ds), 4)).astype(np.float32)
     with pytest.raises(ValueError, match='not longer than the window of 0.5 s'): rank_tracklets(x, t, min_gap=.4)
     rank_tracklets(x, t, min_gap=.6); assert t.take(slice(0, 2)).window == .5
+
+@pytest.mark.parametrize('features', [['lidar', 'shape'], ['shape', 'lidar']])
+def test_one_side_with_shapes_is_enough(shaped, monkeypatch, features):
+    "Camera or LiDAR against shapes: the keyframe of the one may lie in the window of the other"
+    import bev_reid.cross_modal as C
+    config = dict(data=dict(kind='bev', features=[[f] for f in features], dataset=ReIDDataset(shaped).config), id_map={})
+    monkeypatch.setattr(C, 'load_cross_modal', lambda *a, **kw: (None, config)); monkeypatch.setattr(C, 'embed_side', lambda net, side, m: np.random.default_rng(m).normal(size=(len(side.obs), 4)))
+    with pytest.raises(ValueError, match='not longer than the window of 0.5 s'): C.evaluate_cross_modal('run', shaped, min_gap=.5, min_visibility=1)
+    assert len(C.evaluate_cross_modal('run', shaped, min_gap=1., min_visibility=1)['rows']) == 4
 
 def test_a_validation_inside_the_window_is_refused_before_the_training(bare, data, tmp_path):
     out = add_shapes(bare, data, tmp_path/'two', cfg=ShapeConfig(window=2.)); r = recipe('shape', val_gap=2.)
