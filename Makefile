@@ -28,6 +28,7 @@ results: $(VENV)/.stamp-dev
 	$(BIN)/python nbs/_tools/results_alignment.py
 	$(BIN)/python nbs/_tools/results_occupancy.py
 	$(BIN)/python nbs/_tools/results_shapes.py
+	$(BIN)/python nbs/_tools/results_completion.py
 	$(BIN)/python nbs/_tools/results_occ_models.py
 
 # Runs every notebook and stores its outputs; name some with NB="06_lss 07_crops", flags with FLAGS="--flags nuscenes"

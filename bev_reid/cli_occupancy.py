@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bev_reid_occ_create', 'bev_reid_occ_train', 'bev_reid_occ_eval', 'bev_reid_occ_convert', 'bev_reid_occ_show',
-           'bev_reid_occ_shapes']
+           'bev_reid_occ_shapes', 'bev_reid_occ_complete']
 
 # %% ../nbs/23i_occ_verbs.ipynb #ce4fc7ab
 from pathlib import Path
@@ -231,7 +231,7 @@ def bev_reid_occ_show(
     print(*made, sep='\n')
     return made
 
-# %% ../nbs/23i_occ_verbs.ipynb #44ee2335
+# %% ../nbs/23i_occ_verbs.ipynb #c983288e
 @verb
 def bev_reid_occ_shapes(
     dataroot:str, # Data set in nuScenes format, with LiDAR
@@ -239,6 +239,7 @@ def bev_reid_occ_shapes(
     window:float=1., # Seconds of sweeps before each sighting
     min_gap:float=2., # Sightings nearer in time than this are junk, seconds
     classes:str='vehicle.*', # Category patterns
+    complete:str='', # Run of bev_reid_occ_complete: also rank completed shapes, and show them
     out:str='', # Picture of a gallery: one sweep, the window, the whole track; with --dataset the folder of the new data set
     skip_missing:bool=False, # Leave out sweeps that cannot be read
     dataset:str='', # A ReID data set of this world: add the shapes to its crops, in place of a ranking
@@ -250,18 +251,20 @@ def bev_reid_occ_shapes(
     from bev_reid.evaluate import box_size_features
     from bev_reid.occ_shapes import ShapeBank, ShapeConfig, shape_descriptor, shape_ranking
     data, rows, banks = DrivingData(dataroot), {}, []
+    if dataset and complete: raise ValueError("--dataset takes what was observed, --complete what a network adds: leave one of them out")
     if dataset: return _to_crops(data, dataset, out, split, ShapeConfig(window=window), tuple(box_noise) or (0., 0.), skip_missing)
     if box_noise: raise ValueError("--box_noise goes with --dataset")
+    fill = _completion(complete, dataroot)
     for name in data.split_scenes(split): banks.append(ShapeBank(data, name, categories=classes, skip_missing=skip_missing))
-    for label, cfg in (('one sweep', ShapeConfig(window=0)), (f'{window:g} s', ShapeConfig(window=window)), (f'{window:g} s, mirrored', ShapeConfig(window=window, symmetry=True)), ('annotated box size alone (a leak)', ShapeConfig(window=window))):
-        shapes = [s for b in banks for s in b.sightings(cfg)]
+    for label, cfg in (('one sweep', ShapeConfig(window=0)), *([('one sweep, completed', ShapeConfig(window=0))] if complete else []), (f'{window:g} s', ShapeConfig(window=window)), *([(f'{window:g} s, completed', ShapeConfig(window=window))] if complete else []), (f'{window:g} s, mirrored', ShapeConfig(window=window, symmetry=True)), ('annotated box size alone (a leak)', ShapeConfig(window=window))):
+        shapes = [s for b in banks for s in (fill(b.sightings(cfg)) if 'completed' in label else b.sightings(cfg))]
         if len(shapes) < 2: raise ValueError(f"{label}: {len(shapes)} sightings have points enough to be ranked; take a longer --window or more scenes")
         size = 'size' in label; x = box_size_features([s.wlh for s in shapes]) if size else np.stack([shape_descriptor(s) for s in shapes])
         r = shape_ranking(shapes, x, min_gap=min_gap, metric='euclidean' if size else 'cosine'); ok = r.n_matches > 0
         if not ok.any(): raise ValueError(f"{label}: no vehicle is seen twice, {min_gap:g} s apart and with no sweep in common; lower --min_gap or --window")
         rows[label] = dict(rank1=float((r.first[ok] == 1).mean()), mAP=float(np.nanmean(r.ap)), queries=int(ok.sum()), coverage=float(np.median([s.coverage for s in shapes])))
         print(f"{label:34} rank-1 {rows[label]['rank1']:.2f}  mAP {rows[label]['mAP']:.2f}  queries {ok.sum()}  median coverage {rows[label]['coverage']:.2f}")
-    if out: _gallery(banks, ShapeConfig(window=window), out)
+    if out: _gallery(banks, ShapeConfig(window=window), out, fill if complete else None)
     return rows
 
 def _to_crops(data, dataset, out, split, cfg, box_noise, skip_missing):
@@ -277,12 +280,58 @@ def _to_crops(data, dataset, out, split, cfg, box_noise, skip_missing):
     print(f"a network that reads them is measured with --min_gap above {cfg.window:g}")
     return got
 
-def _gallery(banks, cfg, out, n=4):
-    "The best-covered vehicles: one sweep, a window, the whole track"
+def _completion(run, dataroot):
+    "Function that completes shapes; says which scenes its network was trained on"
+    if not run: return None
+    from bev_reid.occ_complete import complete, load_completion
+    net, about = load_completion(run)
+    if about.get('scenes') and about.get('dataroot') == str(Path(dataroot).resolve()): print(f"{run} was trained on {len(about['scenes'])} scenes of this set, {about['scenes'][0]} to {about['scenes'][-1]}: rank others (--split test) to learn what it is worth")
+    return lambda shapes: complete(net, shapes)
+
+def _gallery(banks, cfg, out, fill=None, n=4):
+    "The best-covered vehicles: one sweep, a window, the whole track; with a network also the one sweep completed"
     import matplotlib.pyplot as plt
     from dataclasses import replace
     from bev_reid.occ_show import show_shapes
     best = sorted(((s.coverage, b, s) for b in banks for s in b.sightings(cfg)), key=lambda v: -v[0]); seen = {}
     for _, b, s in best: seen.setdefault(s.instance_token, (b, s))
     rows = [[b.sighting(s.instance_token, s.sample_token, replace(cfg, window=0)), s, b.track(s.instance_token)] for b, s in list(seen.values())[:n]]
-    fig = show_shapes(rows)[0, 0].figure; Path(out).parent.mkdir(parents=True, exist_ok=True); fig.savefig(out, dpi=110); plt.close(fig)
+    if fill: rows = [[r[0], *(fill([r[0]]) if r[0] else [None]), *r[1:]] for r in rows]
+    fig = show_shapes(rows, titles=('one sweep', *(['completed'] if fill else []), 'a window', 'the whole track'))[0, 0].figure; Path(out).parent.mkdir(parents=True, exist_ok=True); fig.savefig(out, dpi=110); plt.close(fig)
+
+# %% ../nbs/23i_occ_verbs.ipynb #6574ca13
+@verb
+def bev_reid_occ_complete(
+    dataroot:str, # Data set in nuScenes format, with LiDAR
+    run:str, # Folder of the run; an unfinished run there goes on
+    split:str='', # Scenes to train on; the training scenes of the set where left out
+    test:str='test', # Scenes to score on
+    steps:int=0, # Optimiser steps; 0: the recipe's
+    skip_missing:bool=False, # Leave out sweeps that cannot be read
+    set:_set=(),
+    device:str='auto', # auto, cpu or cuda
+):
+    "Learn to complete the outline of a vehicle from one sighting"
+    import numpy as np
+    from bev_reid.data import DrivingData
+    from bev_reid.dataset import identities
+    from bev_reid.occ_complete import CompletionRecipe, completion_pairs, completion_scores, load_completion, make_completion, outline, predict_shapes, train_completion
+    from bev_reid.occ_shapes import ShapeBank
+    cfg, data = set_fields(CompletionRecipe(), [*([f'fit.max_steps={steps}'] if steps else []), *set]), DrivingData(dataroot)
+    make_completion(cfg)                                                                  # an unknown model ends here
+    names, whose = data.splits(), identities(data)
+    scenes = dict(train=data.split_scenes(split or next((n for n in ('train', 'mini_train') if n in names), 'all')), test=data.split_scenes(test) if names.get(test) or test != 'test' else [], val=next((names[n] for n in ('val', 'mini_val') if names.get(n)), []))
+    for part in ('val', 'test'): scenes[part] = [n for n in scenes[part] if n not in scenes['train']]
+    def pairs(part, skip=()): return completion_pairs((ShapeBank(data, n, skip_missing=skip_missing) for n in scenes[part]), cfg, skip=skip)
+    train = pairs('train'); known = {whose.get(t, t) for t in train.instances}; again = {t for t, w in whose.items() if w in known}
+    print(f"{len(scenes['train'])} scenes, {len(train)} sightings of {len(train.instances)} vehicles to train on")
+    out = train_completion(train, run, cfg, val=pairs('val', again), about=dict(dataroot=str(Path(dataroot).resolve()), scenes=scenes['train']), device=_device(device), progress=True)
+    print(f"{run}: step {out['step']}", *(f'{k} {v:.3g}' for k, v in out['metrics'].items()))
+    p, rows = pairs('test', again), {}                                                    # vehicles that it has not seen, in scenes that it has not seen
+    if not len(p): print(f"nothing to score: of {len(scenes['test'])} scenes to test on, no vehicle is new to the network and has a track known well enough"); return rows
+    seen = p.inputs[:, 0] > 0; prob, height = predict_shapes(load_completion(run)[0], p.inputs)
+    for name, filled in {'input': seen, 'mirrored and filled': np.stack([outline(m | m[:, ::-1]) for m in seen]), 'mean training shape': np.broadcast_to(train.outlines.mean(0) >= cfg.cut, seen.shape), 'network': prob >= cfg.cut}.items():
+        s = completion_scores(filled, height, p); rows[name] = {k: float(np.nanmean(s[k])) for k in ('iou', 'iou_unseen')}
+        print(f"{name:20} IoU {rows[name]['iou']:.3f}, over cells that the sighting does not show {rows[name]['iou_unseen']:.3f}")
+    rows['network']['cm_unseen'] = float(np.nanmean(s['cm_unseen'])); print(f"heights off by {rows['network']['cm_unseen']:.0f} cm there; {len(p)} sightings of {len(p.instances)} vehicles of {len(scenes['test'])} scenes")
+    return rows

@@ -17,7 +17,7 @@ from .data import DrivingData
 from .occ_scene import OccConfig, open_scene, read_splits
 from .ranking import rank_matches
 
-# %% ../nbs/23e_occ_shapes.ipynb #56725c5c
+# %% ../nbs/23e_occ_shapes.ipynb #b1ea5e9b
 @dataclass(frozen=True)
 class ShapeConfig:
     "Which sweeps make a shape, and how it is kept"
@@ -48,7 +48,7 @@ class Shape:
     points:Float[np.ndarray, "n 3"] # float16, metres
     wlh:Float[np.ndarray, "3"] # Width, length, height of the box, metres
     sides:Int[np.ndarray, "4"] # Points nearest to front, rear, left, right
-    footprint:Int[np.ndarray, "x y"] # 0 nothing, 1 observed, 2 mirrored only; x along, y across, index 0 at the rear right
+    footprint:Int[np.ndarray, "x y"] # 0 nothing, 1 observed, 2 mirrored only, 3 predicted (`complete`); x along, y across, index 0 at the rear right
     height:Float[np.ndarray, "x y"] # Greatest height over the bottom of the box, metres; 0 where nothing is
     voxels:Bool[np.ndarray, "u v w"]
     coverage:float # Share of the box's footprint that is filled by observed cells

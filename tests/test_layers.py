@@ -14,7 +14,8 @@ FLOORS = dict(geometry=0, bev_pool_gpu=.9, viz=1, bev_pool=1, toy=1, tables=1, e
               scene_sim=2.6, hypotheses=2.65, association=2.7, recheck=2.72, cosypose=2.75, refine_gtsam=2.79, refinement=2.8, scene_scores=2.85, scene_show=2.9,
               rig=2.95, lss=3, crops=3, rasters=3.5,
               losses=3.9, dataset=4, metric=4, ranking=4.5, rerank=4.7, evaluate=5, baselines=5.2, measure=5.2, validate=5.4, train=5.5, joint=5.6, export=5.8,
-              occ_kernels=5.9, modal_learning=5.9, occ_boxes=5.905, occ_scene=5.91, occ_files=5.92, occ_score=5.93, occ_shapes=5.935, occ_crops=5.936, occ_former=5.94, occ_model=5.95,
+              occ_kernels=5.9, modal_learning=5.9, occ_boxes=5.905, occ_scene=5.91, occ_files=5.92, occ_score=5.93, occ_shapes=5.935, occ_crops=5.936,
+              occ_complete=5.936, occ_former=5.94, occ_model=5.95,
               occ_show=5.97, conditions=6, cross_modal=6, sequences=6, alignment=6, occupancy=6, routes=6.1, sequence_learning=6.2, report=6.5, explore=6.5, demo=6.8,
               cli=7, cli_scene=7.1, cli_sequences=7.1, cli_occupancy=7.1)
 ROOMS = {'conditions', 'cross_modal', 'sequences', 'routes', 'sequence_learning', 'alignment', 'occupancy'}
