@@ -7,7 +7,7 @@
     python nbs/_tools/outputs.py --check                  run nothing: are sizes, ids and contents as they should be?
 
 Cells with a flag of `tst_flags` (settings.ini) that was not asked for are skipped and keep the outputs they have. So do cells that are never
-evaluated. Pictures become PNG with a palette of 128 colours (or JPEG where that is much smaller), widgets become the pictures and texts they
+evaluated. Pictures become PNG with a palette of 128 colours, large ones of 64 (or JPEG where that is much smaller), widgets become the pictures and texts they
 show, and what differs from run to run (counts, addresses, stderr) goes. A notebook that fails is left as it was.
 """
 import argparse, base64, io, json, os, re, sys, tempfile
@@ -48,15 +48,20 @@ def skipped(cell, flags):
 def decode(data): return base64.b64decode(''.join(data))
 def encode(raw): return base64.b64encode(raw).decode()
 
+LARGE = 27_000 # Bytes of a picture (a third more as text); a larger one gets fewer colours
+
 def squeeze(raw):
     "(mime type, bytes) of a picture with a palette, or as JPEG where that is much smaller"
     from PIL import Image
     img = Image.open(io.BytesIO(raw)).convert('RGBA')
     img = Image.alpha_composite(Image.new('RGBA', img.size, 'white'), img).convert('RGB')
-    png, jpg = io.BytesIO(), io.BytesIO()
-    img.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(png, 'png', optimize=True)
-    img.save(jpg, 'jpeg', quality=85, optimize=True)
-    return ('image/jpeg', jpg.getvalue()) if len(jpg.getvalue()) < .7*len(png.getvalue()) else ('image/png', png.getvalue())
+    def pack(colours, quality):
+        png, jpg = io.BytesIO(), io.BytesIO()
+        img.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(png, 'png', optimize=True)
+        img.save(jpg, 'jpeg', quality=quality, optimize=True)
+        return ('image/jpeg', jpg.getvalue()) if len(jpg.getvalue()) < .7*len(png.getvalue()) else ('image/png', png.getvalue())
+    mime, small = pack(128, 85)
+    return pack(64, 78) if len(small) > LARGE else (mime, small)
 
 def same_picture(a, b):
     "Whether two pictures differ by less than an eye can see (another processor rounds otherwise)"
