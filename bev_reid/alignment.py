@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AlignedScene', 'check_scene', 'align_scene', 'write_scene', 'read_predicted', 'save_scene', 'load_scene']
 
-# %% ../nbs/22_alignment.ipynb #68713e38
+# %% ../nbs/22_alignment.ipynb #d08de952
 import json
 import os
 import time
@@ -17,7 +17,7 @@ import numpy as np
 from .association import Registration, agglomerate, pair_evidence, register_agents
 from .candidates import BoxCandidates, inv_pose
 from .cosypose import cosypose_match
-from .hypotheses import AssociationConfig, Matching
+from .hypotheses import AssociationConfig, Matching, displacement
 from .recheck import second_look
 from .refinement import RefineConfig, SceneState, refine_scene
 from .scene_files import read_candidates, write_bop, write_candidates
@@ -50,11 +50,11 @@ def check_scene(c:BoxCandidates):
     if len(np.unique(c.agent[seen])) > 1 and not any(len(np.unique(c.agent[c.view[c.label == l]])) > 1 for l in np.unique(c.label)):
         raise ValueError(f"scene {c.scene}: no class is reported by two agents, so they share no vehicle; classes by view: {({c.views[v]: sorted(set(c.label[c.view == v]))[:4] for v in seen[:4]})}")
 
-# %% ../nbs/22_alignment.ipynb #c27099cf
+# %% ../nbs/22_alignment.ipynb #4be575cf
 def align_scene(
     c:BoxCandidates, # All views of one scene
-    assoc:AssociationConfig=AssociationConfig(), # How views are put together
-    refine:RefineConfig=RefineConfig(), # How the scene is refined
+    assoc:AssociationConfig=AssociationConfig(),
+    refine:RefineConfig=RefineConfig(),
     *,
     rounds:int=3, # Of association and refinement
     adapt_noise:bool=True, # Believe residuals that are larger than the detector's account
@@ -95,7 +95,12 @@ def _look_again(m, reg, obj, state, *, moved, move):
     c, cfg, least = m.c, m.cfg, m.cfg.lead*(2 if m.cfg.strict or moved else 1); world = np.where(np.isfinite(state.world).all((1, 2))[:, None, None], state.world, reg.world)
     known = np.zeros(c.n_agents, bool) if c.prior is None else np.isfinite(c.prior).all((1, 2)) & (c.prior_sigma == 0).all(1)
     size = np.bincount(reg.group[reg.group >= 0], minlength=1); pairs = [g for g in range(len(size)) if size[g] == 2]
-    ask = [a for a in range(c.n_agents) if reg.group[a] >= 0 and size[reg.group[a]] > 1 and not known[a] and not (reg.group[a] in pairs and a == np.flatnonzero(reg.group == reg.group[a])[0])]
+    apart = 4*np.sqrt(np.median(m.var))
+    def clear(a, b):                                             # the pair knows one pose, and that is where they stand
+        o = reg.pairs.get((a, b), []) or reg.pairs.get((b, a), []); i, j = (a, b) if (a, b) in reg.pairs else (b, a)
+        return bool(o) and (len(o) < 2 or o[1].score < .2*o[0].score) and displacement(o[0].T, inv_pose(world[i]) @ world[j], m.center[m.rows[j]]) < apart
+    others = lambda a: [b for b in np.flatnonzero(reg.group == reg.group[a]) if b != a]
+    ask = [a for a in range(c.n_agents) if reg.group[a] >= 0 and size[reg.group[a]] > 1 and not known[a] and not (reg.group[a] in pairs and a == np.flatnonzero(reg.group == reg.group[a])[0]) and not all(clear(a, b) for b in others(a))]
     seen = [s for a in ask if (s := second_look(m, obj, world, reg.group, a)) is not None]
     worst = min(seen, key=lambda s: s.lead, default=None)
     if move and worst and worst.lead < -.5: reg.world[:] = world; reg.world[worst.agent] = worst.best.T; return True

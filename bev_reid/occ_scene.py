@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLASSES', 'GROUND_CLASS', 'STUFF', 'LIDARSEG', 'RAW2CLASS', 'category_class', 'OccConfig', 'Sweep', 'scene_sweeps',
            'lidarseg_files', 'read_sweep', 'to_box_frame', 'box_pose', 'split_sweep', 'OccScene', 'open_scene',
-           'read_splits', 'SceneMap', 'name_by_neighbours', 'is_ground']
+           'read_splits', 'SceneMap', 'name_by_neighbours', 'over_ground', 'is_ground']
 
 # %% ../nbs/23b_occ_scene.ipynb #a9025296
 import json
@@ -41,7 +41,7 @@ def category_class(
     if emergency_as_car and name.startswith('vehicle.emergency'): return 4
     return int(RAW2CLASS[LIDARSEG.index(name)]) if name in LIDARSEG else 0
 
-# %% ../nbs/23b_occ_scene.ipynb #b104e005
+# %% ../nbs/23b_occ_scene.ipynb #2dd56857
 @dataclass(frozen=True)
 class OccConfig:
     "How occupancy labels are made"
@@ -51,7 +51,7 @@ class OccConfig:
     window:int=-1 # Keyframes on each side whose sweeps are used; -1: the whole scene
     sweeps:bool=True # Use the sweeps between keyframes
     lidarseg:str='auto' # Point labels of nuScenes-lidarseg: `auto` (where they exist), `yes` or `no`
-    ground:bool=False # Without point labels: name what lies within `ground_height` of the ego plane road
+    ground:bool=False # Without point labels: name what lies within `ground_height` of the ground road
     ground_height:float=.2 # Metres
     margin:float=.05 # Grow boxes by this on every side, metres
     clearance:float=.12 # Height of the lowest layer of a box that belongs to nobody, metres
@@ -236,7 +236,7 @@ class SceneMap:
         elif self.cfg.ground: cls = np.where(is_ground(points, self.scene, self.cfg), GROUND_CLASS, 0).astype(np.uint8)
         return points, np.where(cls == 255, 0, cls).astype(np.uint8), {k: m.result()[0] for k, m in sorted(self.objects.items())}
 
-# %% ../nbs/23b_occ_scene.ipynb #0af8edfd
+# %% ../nbs/23b_occ_scene.ipynb #45d73435
 def name_by_neighbours(
     points:Float[np.ndarray, "n 3"], # Metres
     cls:UInt8[np.ndarray, "n"], # 255 without a label
@@ -251,12 +251,33 @@ def name_by_neighbours(
     out[~known] = np.where(np.isfinite(dist), cls[known][np.minimum(at, known.sum()-1)], 0)
     return out
 
-def is_ground(points, scene, cfg):
-    "Which points (n) lie near the ground plane of the nearest keyframe, with nothing standing on them: the foot of a wall is wall"
+def over_ground(
+    points:Float[np.ndarray, "n 3"], # In the scene frame, metres
+    egos:Float[np.ndarray, "k 4 4"], # Where the vehicle stood, on the ground
+    *,
+    cell:float=1., # Of the map of the ground, metres
+    step:float=.15, # The ground of a cell is so near to that of its neighbours, metres
+    reach:int=60, # Cells that the ground is followed from where the vehicle drove
+)->Float[np.ndarray, "n"]: # Metres; NaN where no ground was found
+    "Height over a ground that is followed from the vehicle's path outwards: roads are crowned, and slope"
+    from scipy.ndimage import gaussian_filter
     from scipy.spatial import cKDTree
-    egos = np.stack([s.ego for s in scene.sweeps if s.sample_token] or [s.ego for s in scene.sweeps])
-    near = cKDTree(egos[:, :2, 3]).query(points[:, :2])[1]
-    height = np.einsum('ni,ni->n', points-egos[near, :3, 3], egos[near, :3, 2])
+    if not len(points): return np.zeros(0)
+    z = points[:, 2].astype(np.float64); at = np.floor(points[:, :2].astype(np.float64)/cell).astype(np.int64); corner = at.min(0); at -= corner; nx, ny = at.max(0)+1; k = at @ np.int64([ny, 1])
+    middle = np.stack(np.meshgrid(np.arange(nx), np.arange(ny), indexing='ij'), -1).reshape(-1, 2)+corner+.5; far, near = cKDTree(egos[:, :2, 3]).query(middle*cell); base = egos[near, 2, 3]-4
+    tall = np.floor((z-base[k])/.05).astype(np.int64); ok = (tall >= 0) & (tall < 160); hist = np.zeros((nx*ny, 160), np.int32); np.add.at(hist, (k[ok], tall[ok]), 1)
+    up = hist.cumsum(1); floor = np.where(up[:, -1] > 1, base+.05*((up > .1*up[:, -1:]).argmax(1)+.5), np.nan)   # a tenth of the points may lie below: reflections
+    found, floor = ((far < 3) & (np.abs(floor-base-4) < 2*step)).reshape(nx, ny), floor.reshape(nx, ny)
+    for _ in range(reach):
+        w = gaussian_filter(found.astype(np.float64), 1.5, truncate=3.); level = np.where(w > 1e-3, gaussian_filter(np.where(found, floor, 0.), 1.5, truncate=3.)/np.maximum(w, 1e-3), np.nan)
+        more = np.abs(floor-level) < step                                                                       # False where either is NaN
+        if (more == found).all(): break
+        found = more
+    return z-level.ravel()[k]
+
+def is_ground(points, scene, cfg):
+    "Which points (n) lie near the ground, with nothing standing on them: the foot of a wall is wall"
+    height = over_ground(points, np.stack([s.ego for s in scene.sweeps if s.sample_token] or [s.ego for s in scene.sweeps]))
     column = np.floor(points[:, :2].astype(np.float64)/cfg.map_cell).astype(np.int64) @ np.int64([1 << 32, 1])
     above = (height >= cfg.ground_height) & (height < cfg.ground_height+.5)
     return (np.abs(height) < cfg.ground_height) & ~np.isin(column, column[above])

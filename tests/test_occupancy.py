@@ -406,3 +406,17 @@ def test_verbs_train_score_draw_and_rank(made, tmp_path, capsys):
     assert [Path(p).name for p in made_] == ['o.png', 'o-slices.png', 'o-cameras.png', 'o-errors.png'] and all(Path(p).stat().st_size > 5000 for p in made_)
     table = cli.bev_reid_occ_shapes(root, window=.5, min_gap=1., out=str(tmp_path/'g.png')); said = capsys.readouterr().out
     assert len(table) == 4 and all(0 <= r['mAP'] <= 1 and r['queries'] > 0 for r in table.values()) and 'a leak' in said and (tmp_path/'g.png').stat().st_size > 5000
+
+
+def test_ground_is_followed_over_crown_and_slope():
+    "A road that rises by 5 % and falls off to its sides, cars' roofs and a wall on it; the vehicle drove along the middle"
+    from bev_reid.occ_scene import over_ground
+    g = np.random.default_rng(0); xy = g.uniform([-40, -15], [40, 15], (60_000, 2)); road = .05*xy[:, 0]-.03*np.abs(xy[:, 1]); z = road+.01*g.normal(size=len(xy))
+    roof = g.random(len(xy)) < .1; roof &= np.abs(xy[:, 1]-6) < 2; z[roof] += 1.5
+    wall = np.c_[g.uniform(-40, 40, 3000), np.full(3000, 15.3), g.uniform(0, 4, 3000)]; wall[:, 2] += .05*wall[:, 0]-.45
+    egos = np.tile(np.eye(4), (17, 1, 1)); egos[:, 0, 3] = np.linspace(-40, 40, 17); egos[:, 2, 3] = .05*egos[:, 0, 3]
+    p = np.concatenate([np.c_[xy, z], wall]); h = over_ground(p, egos); n = len(xy)
+    assert (np.abs(h[:n][~roof]) < .1).mean() > .99 and (np.abs(h[:n][roof]-1.5) < .1).all() and np.nanmedian(h[n:]) > 1
+    assert (np.abs(road) > .4).mean() > .5                                       # a plane would have lost them
+    island = np.r_[p, np.c_[xy[:500]+[0, 80], np.full(500, 9.)]]; assert np.isnan(over_ground(island, egos)[-500:]).all()     # nothing leads there
+    assert len(over_ground(np.zeros((0, 3)), egos)) == 0
