@@ -149,7 +149,7 @@ def lazy_junk(
     scope:str='all', # Gallery: `all` scenes, the own `scene`, or `other` scenes
 )->LazyJunk: # Called with a slice of queries it returns their junk (q' g) bool
     "Which pairs to leave out, in blocks of queries; raises ValueError where a sweep could stand on both sides"
-    check_window(max((o.window or 0 for o in (q, g))), min_gap=min_gap, scope=scope)
+    check_window(max((o.window or 0. for o in (q, g))), min_gap=min_gap, scope=scope)
     return LazyJunk(same=(q.frames, g.frames), scenes=(q.scenes, g.scenes), times=(q.times, g.times), min_gap=min_gap, scope=scope)
 
 def junk_mask(q, g, *, min_gap=2., scope='all')->Bool[np.ndarray, "q g"]:
