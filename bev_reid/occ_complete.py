@@ -20,7 +20,7 @@ from .fit import Batches, FitConfig, fit, from_plain, load_checkpoint, shuffled
 from .ema import ema_weights
 from .occ_shapes import Shape, ShapeBank, ShapeConfig
 
-# %% ../nbs/23j_occ_complete.ipynb #ac39a651
+# %% ../nbs/23j_occ_complete.ipynb #c078ef39
 FOLD = 4 # Cells along and across that the network folds into channels
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CompletionRecipe:
     flip:bool=True # Train on mirror images too
     batch_size:int=64
     seed:int=0
-    fit:FitConfig=FitConfig(max_steps=400, lr=3e-3, weight_decay=1e-4, decoupled=True, schedule='one_cycle')
+    fit:FitConfig=FitConfig(max_steps=600, lr=3e-3, weight_decay=1e-4, decoupled=True, schedule='one_cycle')
 
     def __post_init__(self):
         object.__setattr__(self, 'windows', tuple(self.windows))

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from occ_truth import on_triangles, scene_of
-from results_occupancy import GAP, QUICK as QUICK_TEST, WINDOW, WORLD as TEST, moved, sightings
+from results_occupancy import GAP, QUICK as QUICK_TEST, WINDOW, WORLD as TEST, sightings
 
 from bev_reid.data import DrivingData
 from bev_reid.dataset import identities
@@ -33,6 +33,7 @@ from bev_reid.evaluate import Observations, all_observations, bootstrap, format_
 from bev_reid.fit import check_same_config, plain, write_atomic, write_json
 from bev_reid.measure import paired_difference
 from bev_reid.occ_complete import CompletionPairs, CompletionRecipe, complete, completion_pairs, completion_scores, load_completion, outline, predict_shapes, train_completion
+from bev_reid.occ_crops import misplace
 from bev_reid.occ_scene import open_scene
 from bev_reid.occ_shapes import ShapeBank, ShapeConfig, check_no_leak, shape_descriptor
 from bev_reid.toy import _token, make_toy
@@ -45,7 +46,7 @@ CUTS = (.3, .35, .4, .45, .5, .55, .6, .65, .7)
 
 def settings(a):
     "All that was fixed beforehand"
-    s = dict(train_world=TRAIN, test_world=TEST, recipe=plain(recipe_of(a)), seeds=[0, 1, 2], steps=a.steps, rates=[1e-3, 3e-3], choice_steps=40, cuts=CUTS, coverage_bins=COVER)
+    s = dict(train_world=TRAIN, test_world=TEST, recipe=plain(recipe_of(a)), seeds=[0, 1, 2], steps=a.steps, rates=[1e-3, 3e-3], choice_steps=120, cuts=CUTS, coverage_bins=COVER)
     return plain({**s, 'train_world': QUICK_TRAIN, 'test_world': QUICK_TEST, 'steps': 6, 'choice_steps': 3} if a.quick else s)
 
 def recipe_of(a, lr=3e-3, seed=0, steps=1):
@@ -141,7 +142,7 @@ def reid(s, nets, cuts, test):
     feats, light, times, scenes = {}, [], [], []
     for name in test.scenes:
         rows = sightings(test, [name]); one, win = [r['one'] for r in rows], [r['window'] for r in rows]
-        parts = {'one sweep': one, f'{WINDOW:g} s': win, 'one sweep, boxes off': [moved(x, rng, replace(cfg, window=0)) for x in one]}
+        parts = {'one sweep': one, f'{WINDOW:g} s': win, 'one sweep, boxes off': [misplace(x, rng, replace(cfg, window=0)) for x in one]}
         for k, shapes in parts.items():
             feats.setdefault(k, []).append(np.stack([shape_descriptor(x) for x in shapes]))
             for seed, net in nets.items(): done = complete(net, shapes, cut=cuts[str(seed)]); feats.setdefault(f'{k}, completed|{seed}', []).append(np.stack([shape_descriptor(x) for x in done]))
@@ -221,7 +222,7 @@ def show(out):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--at', type=Path, default=Path('demo/completion'), help='world to train on, pairs and runs'); p.add_argument('--test', type=Path, default=Path('demo/occupancy/world'), help='the world of results_occupancy.py; made where it is missing')
-    p.add_argument('--steps', type=int, default=150, help='of each final training'); p.add_argument('--out', type=Path, default=ROOT/'results'/'completion.json')
+    p.add_argument('--steps', type=int, default=600, help='of each final training'); p.add_argument('--out', type=Path, default=ROOT/'results'/'completion.json')
     p.add_argument('--quick', action='store_true'); p.add_argument('--show', action='store_true')
     a = p.parse_args(); torch.set_num_threads(1)
     if a.quick:

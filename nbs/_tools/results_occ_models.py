@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Two networks that predict occupancy, side by side on held-out scenes of the toy world; writes results/occ_models.json
 
-    python nbs/_tools/results_occ_models.py            about twenty CPU minutes on one core; killed and called again it goes on
+    python nbs/_tools/results_occ_models.py            about forty CPU minutes on one core; killed and called again it goes on
     python nbs/_tools/results_occ_models.py --quick    the same road with a tiny world and three steps: no number of it means anything
     python nbs/_tools/results_occ_models.py --show     only print what is in the file, and draw the picture again
     python nbs/_tools/results_occ_models.py --sizes    one prediction and one training step of both networks at the published sizes (200 x 200 x 16 voxels): seconds and memory
@@ -182,7 +182,7 @@ def main():
     p.add_argument('--world', type=Path, default=Path('demo/standard/world'), help='toy world; made as `make results` makes it where it is missing')
     p.add_argument('--lss', type=Path, default=Path('demo/standard/lss/64'), help="camera-to-BEV network to start from; '' for none")
     p.add_argument('--at', type=Path, default=Path('demo/occ_models'), help='labels and runs'); p.add_argument('--out', type=Path, default=ROOT/'results'/'occ_models.json')
-    p.add_argument('--mask', choices=('camera', 'lidar', 'none'), default='camera', help='voxels of the loss and of the choice'); p.add_argument('--steps', type=int, default=240, help='of each final training')
+    p.add_argument('--mask', choices=('camera', 'lidar', 'none'), default='camera', help='voxels of the loss and of the choice'); p.add_argument('--steps', type=int, default=720, help='of each final training')
     p.add_argument('--picture', type=Path, help='where to draw truth, predictions and errors'); p.add_argument('--quick', action='store_true'); p.add_argument('--show', action='store_true')
     p.add_argument('--sizes', action='store_true'); p.add_argument('--one', help=argparse.SUPPRESS)
     a = p.parse_args()
