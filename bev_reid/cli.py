@@ -53,10 +53,12 @@ def _value(text):
         except (ValueError, SyntaxError): pass
     return text
 
-# %% ../nbs/11_cli.ipynb #4de9d81d
+# %% ../nbs/11_cli.ipynb #b693e5e7
 def set_fields(
     cfg, # Configuration dataclass
     pairs:list, # `dotted.name=value`, values as JSON or plain words
+    *,
+    option:str='--set ', # For messages: what stood before each pair
 ): # A changed copy
     "Change fields of a nested configuration by name"
     changes, parts = {}, {}   # made together: half of them may not fit the other half of before
@@ -65,18 +67,18 @@ def set_fields(
         value = _value(text)
         head, _, rest = name.partition('.')
         known = [f.name for f in fields(cfg)]
-        if not eq or head not in known: raise ValueError(f"--set {pair}: {'no value is given' if not eq else f'there is no {head!r}'}; {type(cfg).__name__} has {', '.join(known)}")
+        if not eq or head not in known: raise ValueError(f"{option}{pair}: {'no value is given' if not eq else f'there is no {head!r}'}; {type(cfg).__name__} has {', '.join(known)}")
         old = getattr(cfg, head)
         if rest:
             if isinstance(old, dict): changes[head] = {**changes.get(head, old), rest: value}; continue
-            if not is_dataclass(old): raise ValueError(f"--set {pair}: {head} has no parts")
+            if not is_dataclass(old): raise ValueError(f"{option}{pair}: {head} has no parts")
             parts.setdefault(head, []).append(f'{rest}={text}'); continue
-        if is_dataclass(old): raise ValueError(f"--set {pair}: {head} is a group; name one of its parts: {', '.join(f'{head}.{f.name}' for f in fields(old))}")
+        if is_dataclass(old): raise ValueError(f"{option}{pair}: {head} is a group; name one of its parts: {', '.join(f'{head}.{f.name}' for f in fields(old))}")
         if isinstance(value, (list, tuple)): value = tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
-        elif isinstance(old, (int, float)) and not isinstance(value, (int, float)): raise ValueError(f"--set {pair}: {name} is a number, like {old}")
-        elif isinstance(old, tuple) and not isinstance(value, tuple): raise ValueError(f"--set {pair}: {name} is a list, like {json.dumps(old)}")
+        elif isinstance(old, (int, float)) and not isinstance(value, (int, float)): raise ValueError(f"{option}{pair}: {name} is a number, like {old}")
+        elif isinstance(old, tuple) and not isinstance(value, tuple): raise ValueError(f"{option}{pair}: {name} is a list, like {json.dumps(old)}")
         changes[head] = value
-    changes.update({k: set_fields(getattr(cfg, k), v) for k, v in parts.items()})
+    changes.update({k: set_fields(getattr(cfg, k), v, option=option) for k, v in parts.items()})
     try: return replace(cfg, **changes)
     except TypeError as e: raise ValueError(f"--set {' '.join(pairs)}: {e}") from e
 
@@ -164,7 +166,7 @@ def bev_reid_eval_lss(
     print(f"{split}: IoU {100*scores['iou']:.1f} %, depth error {scores['depth_mae']:.2f} m, {scores['n_samples']} samples, {scores['n_skipped']} skipped")
     return scores
 
-# %% ../nbs/11_cli.ipynb #0dc94ce4
+# %% ../nbs/11_cli.ipynb #17f4bc56
 @verb
 def bev_reid_dataset(
     run:str, # Run or checkpoint of the camera-to-BEV network
@@ -190,7 +192,7 @@ def bev_reid_dataset(
     amp:str='auto', # Precision of the network: no (float32), bf16, or auto
     patch_from:str='original', # Cut camera patches from the original images, or from the shrunk ones (faster)
     batch:int=0, # Keyframes per batch; 0: 8 on a GPU, else 1
-    set:_set=(),
+    set:Param('Fields of the data set\'s configuration to change, such as crop.extent=12 raster.cell=0.25', str, nargs='*')=(),
 ):
     "Crop every vehicle of every keyframe; under torchrun each process takes a share of the scenes"
     from bev_reid.crops import CropConfig
@@ -296,7 +298,7 @@ def _show_protocol(run, dataset, protocol, conditions, out, kw):
     print(text)
     return res
 
-# %% ../nbs/11_cli.ipynb #3628726c
+# %% ../nbs/11_cli.ipynb #3cdc818c
 PROTOCOLS = 'all', 'paired', 'within-condition', 'cross-condition', 'cross-modality', 'tracklet'
 
 @verb

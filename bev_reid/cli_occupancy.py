@@ -13,7 +13,7 @@ from fastcore.script import Param
 
 from .cli import _device, _set, _words, set_fields, verb
 
-# %% ../nbs/23i_occ_verbs.ipynb #18b664db
+# %% ../nbs/23i_occ_verbs.ipynb #66992c86
 @verb
 def bev_reid_occ_create(
     dataroot:str, # Data set in nuScenes format
@@ -31,7 +31,7 @@ def bev_reid_occ_create(
     world:int=1, # ... of so many; each takes a share of the scenes
     workers:int=1, # Processes of this one
     skip_missing:bool=False, # Leave out sweeps that cannot be read
-    set:_set=(),
+    set:Param('Fields of OccConfig to change, such as lidar_mask=1 map_cell=0.2', str, nargs='*')=(),
 ):
     "Make occupancy labels"
     from bev_reid.data import DrivingData
@@ -231,7 +231,7 @@ def bev_reid_occ_show(
     print(*made, sep='\n')
     return made
 
-# %% ../nbs/23i_occ_verbs.ipynb #c983288e
+# %% ../nbs/23i_occ_verbs.ipynb #bf978666
 @verb
 def bev_reid_occ_shapes(
     dataroot:str, # Data set in nuScenes format, with LiDAR
@@ -254,7 +254,7 @@ def bev_reid_occ_shapes(
     if dataset and complete: raise ValueError("--dataset takes what was observed, --complete what a network adds: leave one of them out")
     if dataset: return _to_crops(data, dataset, out, split, ShapeConfig(window=window), tuple(box_noise) or (0., 0.), skip_missing)
     if box_noise: raise ValueError("--box_noise goes with --dataset")
-    fill = _completion(complete, dataroot)
+    fill = _completion(complete, dataroot, data.split_scenes(split))
     for name in data.split_scenes(split): banks.append(ShapeBank(data, name, categories=classes, skip_missing=skip_missing))
     for label, cfg in (('one sweep', ShapeConfig(window=0)), *([('one sweep, completed', ShapeConfig(window=0))] if complete else []), (f'{window:g} s', ShapeConfig(window=window)), *([(f'{window:g} s, completed', ShapeConfig(window=window))] if complete else []), (f'{window:g} s, mirrored', ShapeConfig(window=window, symmetry=True)), ('annotated box size alone (a leak)', ShapeConfig(window=window))):
         shapes = [s for b in banks for s in (fill(b.sightings(cfg)) if 'completed' in label else b.sightings(cfg))]
@@ -280,12 +280,12 @@ def _to_crops(data, dataset, out, split, cfg, box_noise, skip_missing):
     print(f"a network that reads them is measured with --min_gap above {cfg.window:g}")
     return got
 
-def _completion(run, dataroot):
+def _completion(run, dataroot, scenes):
     "Function that completes shapes; says which scenes its network was trained on"
     if not run: return None
     from bev_reid.occ_complete import complete, load_completion
     net, about = load_completion(run)
-    if about.get('scenes') and about.get('dataroot') == str(Path(dataroot).resolve()): print(f"{run} was trained on {len(about['scenes'])} scenes of this set, {about['scenes'][0]} to {about['scenes'][-1]}: rank others (--split test) to learn what it is worth")
+    if about.get('dataroot') == str(Path(dataroot).resolve()) and (both := sorted({*about.get('scenes', ())} & {*scenes})): print(f"{run} was trained on {len(both)} of these scenes, {both[0]} first: rank others to learn what it is worth")
     return lambda shapes: complete(net, shapes)
 
 def _gallery(banks, cfg, out, fill=None, n=4):
@@ -299,7 +299,7 @@ def _gallery(banks, cfg, out, fill=None, n=4):
     if fill: rows = [[r[0], *(fill([r[0]]) if r[0] else [None]), *r[1:]] for r in rows]
     fig = show_shapes(rows, titles=('one sweep', *(['completed'] if fill else []), 'a window', 'the whole track'))[0, 0].figure; Path(out).parent.mkdir(parents=True, exist_ok=True); fig.savefig(out, dpi=110); plt.close(fig)
 
-# %% ../nbs/23i_occ_verbs.ipynb #6574ca13
+# %% ../nbs/23i_occ_verbs.ipynb #105b4c20
 @verb
 def bev_reid_occ_complete(
     dataroot:str, # Data set in nuScenes format, with LiDAR
@@ -321,6 +321,7 @@ def bev_reid_occ_complete(
     make_completion(cfg)                                                                  # an unknown model ends here
     names, whose = data.splits(), identities(data)
     scenes = dict(train=data.split_scenes(split or next((n for n in ('train', 'mini_train') if n in names), 'all')), test=data.split_scenes(test) if names.get(test) or test != 'test' else [], val=next((names[n] for n in ('val', 'mini_val') if names.get(n)), []))
+    if scenes['test'] and not {*scenes['test']}-{*scenes['train']}: raise ValueError(f"--test {test}: all of its scenes are trained on; name others, or another --split to train on")
     for part in ('val', 'test'): scenes[part] = [n for n in scenes[part] if n not in scenes['train']]
     def pairs(part, skip=()): return completion_pairs((ShapeBank(data, n, skip_missing=skip_missing) for n in scenes[part]), cfg, skip=skip)
     train = pairs('train'); known = {whose.get(t, t) for t in train.instances}; again = {t for t, w in whose.items() if w in known}

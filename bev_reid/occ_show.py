@@ -71,7 +71,7 @@ def show_voxels(
     ax.set_aspect('equal'); ax.autoscale_view()
     return bare(ax, title)
 
-# %% ../nbs/23g_occ_show.ipynb #4478f492
+# %% ../nbs/23g_occ_show.ipynb #d37469bf
 def show_top(
     semantics:UInt8[np.ndarray, "x y z"], # Class of each voxel, 17 for free
     grid:OccGrid, # The grid of the voxels
@@ -108,7 +108,7 @@ def show_slices(
     full = (np.asarray(semantics) != FREE).sum((0, 1)); used = np.nonzero(full >= max(.05*full.max(), 1))[0]
     used = used if len(used) else np.arange(grid.nx[2])
     at = used[np.linspace(0, len(used)-1, n).round().astype(int)]; at[np.abs(at-full.argmax()).argmin()] = full.argmax(); at = np.unique(at)
-    axes = new_axes(1, len(at), size=(2.5, 2.9))[0]
+    axes = new_axes(1, len(at), size=(2.5, 3.1))[0]
     for ax, k in zip(axes, at): show_top(semantics, grid, layers=slice(k, k+1), mask=mask, ax=ax, title=f'{grid.low[2]+k*grid.voxel[2]:.2g} to {grid.low[2]+(k+1)*grid.voxel[2]:.2g} m')
     axes[0].set_ylabel('forward, m', fontsize=7)
     for ax in axes: ax.set_xlabel('left, m', fontsize=7)

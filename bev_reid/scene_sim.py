@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from .candidates import HALF_TURN, TABLE_NOISE, BoxCandidates, NoiseModel, inv_pose, pose_of, rot_exp
 
-# %% ../nbs/22b_scene_sim.ipynb #e01c02be
+# %% ../nbs/22b_scene_sim.ipynb #c1576082
 @dataclass(frozen=True)
 class SceneSpec:
     "What a made scene is like"
@@ -38,6 +38,8 @@ class SceneSpec:
         for k, known in ('regime', ('road', 'table')), ('heading', ('known', 'ambiguous')), ('embeddings', ('none', 'good', 'fair', 'weak', 'noise')), ('layout', ('free', 'rows')):
             if getattr(self, k) not in known: raise ValueError(f"{k} must be one of {', '.join(known)}, got {getattr(self, k)!r}")
         if self.n_views < 1 or self.n_objects < 1: raise ValueError(f"a scene needs a view and an object, got {self.n_views} and {self.n_objects}")
+        for k in ('noise', 'false', 'speed'):
+            if getattr(self, k) < 0: raise ValueError(f"{k} must be 0 or more, got {getattr(self, k)}")
         for k in ('outliers', 'missed', 'overlap'):
             if not 0 <= getattr(self, k) <= 1: raise ValueError(f"{k} is a share between 0 and 1, got {getattr(self, k)}")
 

@@ -72,3 +72,22 @@ def test_no_embedding_is_much_worse_than_none():
 def test_the_order_of_agents_does_not_matter():
     c, t = simulate_scene(HALF, seed=23); k = np.array([2, 0, 3, 1]); a = align_scene(c); b = align_scene(replace(c, view=np.argsort(k)[c.view], K=None))
     assert a.solved == b.solved and abs(pair_scores(a.obj, c.truth)['recall']-pair_scores(b.obj, c.truth)['recall']) < .02
+
+
+def test_a_run_of_other_scenes_or_options_is_refused(tmp_path):
+    from bev_reid.cli_scene import bev_reid_scene_eval, bev_reid_scene_run, bev_reid_scene_simulate
+    bev_reid_scene_simulate(str(tmp_path/'a'), n=2); bev_reid_scene_simulate(str(tmp_path/'b'), n=2, spec=['noise=.5'])
+    run = lambda **kw: bev_reid_scene_run(**dict(dict(scenario=str(tmp_path/'a'), out=str(tmp_path/'r')), **kw))
+    first = run(); before = {p: p.read_bytes() for p in (tmp_path/'r').rglob('*') if p.is_file()}; assert run() == first
+    for kw, says in ((dict(strict=True), 'other options'), (dict(min_score=.9), 'min_score'), (dict(scenario=str(tmp_path/'b')), 'another scene')):
+        with pytest.raises(ValueError, match=says): run(**kw)
+    assert {p: p.read_bytes() for p in (tmp_path/'r').rglob('*') if p.is_file()} == before
+    bev_reid_scene_eval(str(tmp_path/'r'), str(tmp_path/'a'))
+    with pytest.raises(ValueError, match='another scene'): bev_reid_scene_eval(str(tmp_path/'r'), str(tmp_path/'b'))
+    (tmp_path/'r'/'00001'/'made.json').unlink(); assert run() == first       # a scene that was not finished is made again
+
+@pytest.mark.parametrize('kw, says', [(dict(n=0), '--n must be 1'), (dict(spec=['n_views=1']), 'two views'), (dict(spec=['noise=-1']), 'noise'), (dict(spec=['nclasses=1']), '--spec nclasses=1')])
+def test_scenes_that_make_no_sense_are_not_made(tmp_path, kw, says):
+    from bev_reid.cli_scene import bev_reid_scene_simulate
+    with pytest.raises(ValueError, match=says): bev_reid_scene_simulate(str(tmp_path/'s'), **kw)
+    assert not (tmp_path/'s').exists()

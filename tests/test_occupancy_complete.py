@@ -129,7 +129,9 @@ def test_verbs_complete_and_rank(toy_root, tmp_path, capsys):
     rows = cli.bev_reid_occ_complete(root, run, steps=2, set=tiny, device='cpu'); said = capsys.readouterr().out
     assert set(rows) == {'input', 'mirrored and filled', 'mean training shape', 'network'} and rows['input']['iou_unseen'] == 0 and 'step 2' in said
     table = cli.bev_reid_occ_shapes(root, window=.5, min_gap=1., complete=run, out=str(tmp_path/'g.png')); said = capsys.readouterr().out
-    assert {'one sweep, completed', '0.5 s, completed'} < set(table) and 'was trained on 1 scenes of this set' in said and (tmp_path/'g.png').stat().st_size > 5000
+    assert {'one sweep, completed', '0.5 s, completed'} < set(table) and 'was trained on 1 of these scenes' in said and (tmp_path/'g.png').stat().st_size > 5000
+    with pytest.raises(ValueError, match='--test train: all of its scenes are trained on'): cli.bev_reid_occ_complete(root, str(tmp_path/'none'), test='train', steps=2, set=tiny, device='cpu')
+    assert not (tmp_path/'none').exists()
     for k in ('one sweep', '0.5 s'): assert table[k]['queries'] == table[f'{k}, completed']['queries'] and table[k]['coverage'] == table[f'{k}, completed']['coverage']
 
 def test_bad_input_is_refused_by_name(toy_root, tmp_path):
