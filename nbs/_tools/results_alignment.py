@@ -29,7 +29,7 @@ from bev_reid.scene_sim import SceneSpec, SceneTruth, simulate_scene
 T, ONE = dict(regime='table'), dict(n_classes=1)
 HARD = dict(ONE, outliers=.3, noise=2., heading='ambiguous')
 FIRST = 90000
-# name: scene, then CosyPose as measured (views, precision, recall, camera deg, camera m, object m, object deg), then the prototype of the specification where there is one (precision, recall, camera deg, camera m)
+# name: scene, then CosyPose as measured (views, precision, recall, camera deg, camera m, object m, object deg), then an earlier prototype where there is one (precision, recall, camera deg, camera m)
 ROWS = {
     'table 4x10, noise x0.5': (dict(T, noise=.5), (4.0, 1.00, .96, .59, .011, .0037, 1.5), None),
     'table 4x10': (T, (2.8, 1.00, .26, 2.4, .043, .0092, 3.4), None),
@@ -60,7 +60,7 @@ ROWS = {
 KEYS = 'solved views precision recall camera_deg camera_m object_m object_deg single_m single_deg missed doubled false'.split()
 
 
-def threshold(name, kw): return 2. if kw.get('regime') != 'table' else .04 if 'swept' in name else .02   # metres: as shipped on a table, as swept in the specification on a road
+def threshold(name, kw): return 2. if kw.get('regime') != 'table' else .04 if 'swept' in name else .02   # metres: as shipped on a table, as swept on a road
 
 def interval(x, stat, g=None):
     x = np.asarray(x, float); x = x[np.isfinite(x)]
