@@ -102,7 +102,7 @@ def bev_reid_occ_eval(
     if out: write_json(out, dict(split=split, trained_with_mask=recipe.loss.mask, rows=rows))
     return rows
 
-# %% ../nbs/23i_occ_verbs.ipynb #a0962164
+# %% ../nbs/23i_occ_verbs.ipynb #15060057
 @verb
 def bev_reid_occ_convert(
     labels:str, # Folder of labels (ours or Occ3D's), of the published converter's points (.pcd.bin), or of SurroundOcc's .npy
@@ -126,7 +126,7 @@ def bev_reid_occ_convert(
         try: sem = read()
         except (ValueError, OSError) as e:
             if skip_missing: left.append(str(e)); continue
-            raise ValueError(f"{e}\n{sum(p.is_file() for p in part.rglob('*'))-1-(to == 'occ')} of {len(items)} keyframes are ready in {part}: the same command goes on there once the file is mended, --skip-missing leaves it out") from None
+            raise ValueError(f"{e}\n{sum(p.is_file() for p in part.rglob('*'))-1-(to != 'seed')} of {len(items)} keyframes are ready in {part}: the same command goes on there once the file is mended, --skip-missing leaves it out") from None
         if to == 'occ': write_labels(path, sem); continue
         if to == 'surroundocc': write_surroundocc(path, sem); continue
         p, cls = labels_to_points(sem, g)
@@ -137,7 +137,7 @@ def bev_reid_occ_convert(
     print(f'{out}: {len(items)-len(left)} keyframes, {source} to {to}; {" x ".join(map(str, g.nx))} voxels in the {g.frame} frame'+f'; {there} were ready from a run that had ended early'*bool(there)+f'; {len(left)} left out, the first because {left[0] if left else ""}'*bool(left))
     return len(items)-len(left)
 
-# %% ../nbs/23i_occ_verbs.ipynb #a9a72df9
+# %% ../nbs/23i_occ_verbs.ipynb #d3937009
 class _Names:
     "Sample tokens and LiDAR files of a data set; empty without one"
     def __init__(self, dataroot):
@@ -152,10 +152,16 @@ class _Names:
 
 def _sources(labels, source, grid, names):
     "Grid, and (scene, token, function that reads the voxels) of each keyframe"
+    import json
+    from bev_reid.fit import from_plain
     from bev_reid.occ_files import OccFolder, points_to_labels, read_seed_points, read_surroundocc
     from bev_reid.occ_kernels import OccGrid
     if source == 'occ': folder = OccFolder(labels); return OccGrid.preset(grid) if grid else folder.grid, [(p.parents[1].name, t, lambda t=t: folder.labels(t)['semantics']) for t, p in folder.paths.items()]
-    g, end, items = OccGrid.preset(grid or source), '.pcd.bin' if source == 'seed' else '.npy', []
+    g, end, items, said = OccGrid.preset(grid or source), '.pcd.bin' if source == 'seed' else '.npy', [], Path(labels)/'grid.json'
+    if source == 'surroundocc' and said.exists():
+        own = from_plain(OccGrid, json.loads(said.read_text()))
+        if grid and own != g: raise ValueError(f"the files of {labels} are of the grid that {said.name} there describes ({' x '.join(map(str, own.nx))} voxels from {own.low} to {own.high} m), --grid {grid} is another: leave it out")
+        g = own
     def points(p, token):
         at, cls, _ = read_seed_points(p)
         if g.frame == 'ego': m = names.pose(token); at = at @ m[:3, :3].T+m[:3, 3]
@@ -181,6 +187,7 @@ def _begin(out, grid, labels, source, to):
         if p.exists(): check_same_config(json.loads(p.read_text()), new, p.parent)
     if not (part/'conversion.json').exists(): write_json(part/'conversion.json', same)
     if to == 'occ': write_json(part/'meta.json', meta)
+    if to == 'surroundocc': write_json(part/'grid.json', plain(grid))                        # its files do not say which grid they are of
     return part
 
 def _finish(part, out):

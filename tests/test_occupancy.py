@@ -385,7 +385,7 @@ def test_a_conversion_appears_whole(tmp_path, capsys):
         last.write_bytes(bad)
         with pytest.raises(ValueError, match=says) as e: cli.bev_reid_occ_convert(str(n), str(n2), **kw)
         assert last.name in str(e.value) and f'{len(files)-1} of {len(files)} keyframes are ready in {n2}.part' in str(e.value) and not n2.exists()
-    with pytest.raises(ValueError, match='another configuration'): cli.bev_reid_occ_convert(str(n), str(n2), **kw | dict(grid='lss'))
+    with pytest.raises(ValueError, match='grid lss is another'): cli.bev_reid_occ_convert(str(n), str(n2), **kw | dict(grid='lss'))
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path/'n2.part').rglob('labels.npz')}; last.write_bytes(good); capsys.readouterr()
     assert cli.bev_reid_occ_convert(str(n), str(n2), **kw) == len(files) and f'{len(files)-1} were ready' in capsys.readouterr().out
     assert len(OccFolder(n2)) == len(files) and {n2/p.relative_to(tmp_path/'n2.part'): t for p, t in stamps.items()}.items() <= {p: p.stat().st_mtime_ns for p in n2.rglob('labels.npz')}.items() and not (tmp_path/'n2.part').exists()
@@ -420,3 +420,15 @@ def test_ground_is_followed_over_crown_and_slope():
     assert (np.abs(road) > .4).mean() > .5                                       # a plane would have lost them
     island = np.r_[p, np.c_[xy[:500]+[0, 80], np.full(500, 9.)]]; assert np.isnan(over_ground(island, egos)[-500:]).all()     # nothing leads there
     assert len(over_ground(np.zeros((0, 3)), egos)) == 0
+
+def test_converted_voxels_keep_their_grid(tmp_path):
+    "SurroundOcc's files hold indices alone: ours say beside them which grid they are of"
+    from bev_reid import cli_occupancy as cli
+    from bev_reid.occ_files import OccFolder, write_surroundocc
+    from bev_reid.fit import plain, write_json
+    g = OccGrid.preset('toy'); sem = np.full(g.nx, 17, np.uint8); sem[3, 5, 2] = 4
+    (tmp_path/'so'/'scene').mkdir(parents=True); write_surroundocc(tmp_path/'so'/'scene'/'k.npy', sem); write_json(tmp_path/'so'/'grid.json', plain(g))
+    cli.bev_reid_occ_convert(str(tmp_path/'so'), str(tmp_path/'occ'), source='surroundocc'); back = OccFolder(tmp_path/'occ'); assert back.grid == g and back.labels('k')['semantics'][3, 5, 2] == 4
+    with pytest.raises(ValueError, match='--grid lss is another'): cli.bev_reid_occ_convert(str(tmp_path/'so'), str(tmp_path/'no'), source='surroundocc', grid='lss')
+    assert not (tmp_path/'no').exists() and not (tmp_path/'no.part').exists()
+    cli.bev_reid_occ_convert(str(tmp_path/'occ'), str(tmp_path/'again'), to='surroundocc'); assert json.loads((tmp_path/'again'/'grid.json').read_text()) == json.loads(json.dumps(plain(g)))
