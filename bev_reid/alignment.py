@@ -50,11 +50,11 @@ def check_scene(c:BoxCandidates):
     if len(np.unique(c.agent[seen])) > 1 and not any(len(np.unique(c.agent[c.view[c.label == l]])) > 1 for l in np.unique(c.label)):
         raise ValueError(f"scene {c.scene}: no class is reported by two agents, so they share no vehicle; classes by view: {({c.views[v]: sorted(set(c.label[c.view == v]))[:4] for v in seen[:4]})}")
 
-# %% ../nbs/22_alignment.ipynb #4be575cf
+# %% ../nbs/22_alignment.ipynb #c0d92933
 def align_scene(
     c:BoxCandidates, # All views of one scene
-    assoc:AssociationConfig=AssociationConfig(),
-    refine:RefineConfig=RefineConfig(),
+    assoc:AssociationConfig=AssociationConfig(), # How views are put together
+    refine:RefineConfig=RefineConfig(), # How the scene is refined
     *,
     rounds:int=3, # Of association and refinement
     adapt_noise:bool=True, # Believe residuals that are larger than the detector's account
