@@ -155,16 +155,16 @@ def reid(s, nets, cuts, test):
     print(format_table(rows, columns=('method', 'rank1', 'mAP', 'n_queries', 'n_ids')))
     return dict(window_s=WINDOW, min_gap_s=GAP, sightings=len(light), rows=rows, completed_minus_raw={k: [paired_difference(res[f'{k}, completed|{seed}'], res[k]) for seed in s['seeds']] for k in base})
 
-def pictures(p, filled, iou, n=3):
-    "Rasters of held-out vehicles after one sweep: good ones of several categories, and a bad one"
-    use = np.flatnonzero((p.windows == 0) & (p.coverage >= .02) & np.isfinite(iou)); order = use[np.argsort(-iou[use])]
-    top, seen = [], set()
-    for i in order[len(order)//10:]:                                             # not the very best: the upper tenth is left out
-        c = p.categories[p.track[i]]
-        if c not in seen and len(top) < n: top.append(i); seen.add(c)
+SHOWN = (.1, .4, .7, .95) # So large a share of the sightings is completed better than the one that is shown
+
+def pictures(p, filled, iou):
+    "Rasters of held-out vehicles after one sweep, from well completed to badly, of other categories where there are some nearby"
+    use = np.flatnonzero((p.windows == 0) & (p.coverage >= .02) & np.isfinite(iou)); order, top, seen = use[np.argsort(-iou[use], kind='stable')], [], set()
+    for q in SHOWN:
+        near = order[int(q*(len(order)-1)):][:max(1, len(order)//30)]; top.append(next((i for i in near if p.categories[p.track[i]] not in seen), near[0])); seen.add(p.categories[p.track[top[-1]]])
     text = lambda m: [''.join(map(str, r)) for r in np.asarray(m, int)]
     row = lambda i: dict(instance=str(p.instances[p.track[i]]), sample=str(p.samples[i]), category=str(p.categories[p.track[i]]), iou_unseen=float(iou[i]), coverage=float(p.coverage[i]), input=text(p.inputs[i, 0] > 0), predicted=text(np.where(p.inputs[i, 0] > 0, 1, 3*filled[i])), track=text(p.outlines[p.track[i]]))
-    return [row(i) for i in [*top, order[int(.95*(len(order)-1))]]]
+    return [row(i) for i in top]
 
 def study(a):
     s = settings(a); out = json.loads(a.out.read_text()) if a.out.exists() else {}
