@@ -50,7 +50,7 @@ def check_scene(c:BoxCandidates):
     if len(np.unique(c.agent[seen])) > 1 and not any(len(np.unique(c.agent[c.view[c.label == l]])) > 1 for l in np.unique(c.label)):
         raise ValueError(f"scene {c.scene}: no class is reported by two agents, so they share no vehicle; classes by view: {({c.views[v]: sorted(set(c.label[c.view == v]))[:4] for v in seen[:4]})}")
 
-# %% ../nbs/22_alignment.ipynb #c0d92933
+# %% ../nbs/22_alignment.ipynb #5d2dc34f
 def align_scene(
     c:BoxCandidates, # All views of one scene
     assoc:AssociationConfig=AssociationConfig(), # How views are put together
@@ -100,7 +100,7 @@ def _look_again(m, reg, obj, state, *, moved, move):
         o = reg.pairs.get((a, b), []) or reg.pairs.get((b, a), []); i, j = (a, b) if (a, b) in reg.pairs else (b, a)
         return bool(o) and (len(o) < 2 or o[1].score < .2*o[0].score) and displacement(o[0].T, inv_pose(world[i]) @ world[j], m.center[m.rows[j]]) < apart
     others = lambda a: [b for b in np.flatnonzero(reg.group == reg.group[a]) if b != a]
-    ask = [a for a in range(c.n_agents) if reg.group[a] >= 0 and size[reg.group[a]] > 1 and not known[a] and not (reg.group[a] in pairs and a == np.flatnonzero(reg.group == reg.group[a])[0]) and not all(clear(a, b) for b in others(a))]
+    ask = [a for a in range(c.n_agents) if reg.group[a] >= 0 and size[reg.group[a]] > 1 and not known[a] and not (reg.group[a] in pairs and a < others(a)[0] and not known[others(a)[0]]) and not all(clear(a, b) for b in others(a))]   # one of a pair tells of both
     seen = [s for a in ask if (s := second_look(m, obj, world, reg.group, a)) is not None]
     worst = min(seen, key=lambda s: s.lead, default=None)
     if move and worst and worst.lead < -.5: reg.world[:] = world; reg.world[worst.agent] = worst.best.T; return True
@@ -148,9 +148,9 @@ def _finish(c, obj, state, reg, scale, spent, assoc):
             n = len(np.unique(obj[(c.agent[c.view] == a) & (obj >= 0) & (state.weight > .1)]))
             known = c.prior is not None and np.isfinite(c.prior[a]).all()
             if group[a] >= 0 and n < assoc.min_inliers and not known: group[a] = -1; reg.rejected.append(dict(agent=int(a), reason=f'{n} vehicles shared after refinement, {assoc.min_inliers} are needed', margin=float(reg.margin[a]), inliers=int(n)))
-    apart = state is None or len(np.unique(group[agents])) > 1 or (group[agents] < 0).any()
-    if apart or reg.rejected:
-        names = '; '.join(f"agent {r['agent']}: {r['reason']}" for r in reg.rejected[:4])
+    apart = state is None or len(np.unique(group[agents])) > 1 or (group[agents] < 0).any(); told = [r for r in reg.rejected if r['agent'] in agents]   # who reports nothing keeps nobody in doubt
+    if apart or told:
+        names = '; '.join(f"agent {r['agent']}: {r['reason']}" for r in told[:4])
         why = ('no agents could be put together' if state is None else 'not all agents stand in one world' if apart else 'not every agent is sure of its place')+(f' ({names})' if names else '')
     return AlignedScene(c, obj, state, reg, group, scale, not why, why, spent)
 

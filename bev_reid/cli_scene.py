@@ -6,8 +6,9 @@
 __all__ = ['find_scenes', 'load_candidates', 'source_of', 'run_one', 'bev_reid_scene_run', 'bev_reid_scene_simulate',
            'read_truth', 'load_result', 'bev_reid_scene_eval', 'bev_reid_scene_show']
 
-# %% ../nbs/22e_scene_verbs.ipynb #b2bfd5ef
+# %% ../nbs/22e_scene_verbs.ipynb #6f9caf4a
 import json, os
+from dataclasses import asdict
 from pathlib import Path
 
 from fastcore.script import Param
@@ -47,7 +48,7 @@ def _configs(noise, method, strict, pose_model, refine, set):
     assoc = AssociationConfig(method=method, strict=strict, pose_model=pose_model, noise=TABLE_NOISE if noise == 'table' else NoiseModel())
     return set_fields(assoc, pairs['assoc'], option='--set assoc.'), set_fields(RefineConfig(residual=refine), pairs['refine'], option='--set refine.')
 
-# %% ../nbs/22e_scene_verbs.ipynb #cf7f50fb
+# %% ../nbs/22e_scene_verbs.ipynb #f9b71394
 def source_of(
     path, # Folder of a scenario, or JSON file
 )->str: # Twelve hexadecimal digits
@@ -59,8 +60,7 @@ def source_of(
 
 def _made(path, kw):
     "What a result depends on"
-    from bev_reid.fit import plain
-    return dict(source=source_of(path), **json.loads(json.dumps(plain(kw))))
+    return dict(source=source_of(path), **json.loads(json.dumps(kw, default=asdict)))
 
 def _is_there(path, out, kw):
     "Whether a scene is done; ValueError where something else was done there"

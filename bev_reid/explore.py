@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Picture', 'Explorer', 'Features', 'RetrievalExplorer', 'SceneExplorer']
 
-# %% ../nbs/10e_explore.ipynb #1ee23157
+# %% ../nbs/10e_explore.ipynb #94992973
 import io
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 
 from .data import DrivingData, SampleDataset, collate_samples, img_aug_matrix, shrink_img
 from .dataset import ReIDDataset, identities, trained_features
-from .evaluate import BASELINE_METRICS, colour_features, distances, junk_mask, raw_crop_features, thumbnail_features
+from .evaluate import BASELINE_METRICS, check_window, colour_features, distances, junk_mask, raw_crop_features, thumbnail_features
 from .geometry import BEVGrid
 from .lss import load_lss, rgb_bev, run_lss
 from .metric import embed, load_metric
@@ -103,7 +103,7 @@ class Features:
             else: raise ValueError(f"no method {name!r}: choose one of {', '.join(self.names)}")
         return self._kept[name]
 
-# %% ../nbs/10e_explore.ipynb #f7f5a0dc
+# %% ../nbs/10e_explore.ipynb #7fa38592
 class RetrievalExplorer(Explorer):
     "Choose a query vehicle and see its ranked gallery"
     def __init__(self,
@@ -119,7 +119,8 @@ class RetrievalExplorer(Explorer):
         device='cpu', # Where the crops are embedded
     ):
         self.ds = ReIDDataset(dataset, split=split, min_visibility=min_visibility)
-        self.obs, self.min_gap, self.scope, self.top, self.rng = replace(observations(self.ds), window=None), min_gap, scope, top, np.random.default_rng(seed)
+        obs = observations(self.ds); check_window(obs.window, min_gap=min_gap, scope=scope)     # here alone: the box `gap` may be cleared, for a look and no measurement
+        self.obs, self.min_gap, self.scope, self.top, self.rng = replace(obs, window=None), min_gap, scope, top, np.random.default_rng(seed)
         runs = metric_run if isinstance(metric_run, dict) else {'learned embedding': metric_run} if metric_run else {}
         self.features = Features(self.ds, runs, device=device)
         t, style = self.ds.table, dict(style={'description_width': 'initial'})

@@ -32,16 +32,15 @@ def misplace(
     p = shape.points.astype(float)+np.r_[rng.normal(0, metres, 2), 0.]
     return make_shape(np.stack([p[:, 0]*c+p[:, 1]*s, p[:, 1]*c-p[:, 0]*s, p[:, 2]], 1), shape.wlh, cfg, **{k: getattr(shape, k) for k in ('instance_token', 'scene', 'sample_token', 'time', 'kind', 'sweeps', 'latest')})
 
-# %% ../nbs/23e_occ_crops.ipynb #880d88ec
+# %% ../nbs/23e_occ_crops.ipynb #37797f76
 SHAPE_CHANNELS = 'footprint', 'height'
 SIDES = 'shape_front', 'shape_rear', 'shape_left', 'shape_right'
 
-def _one(bank, row, crop, cfg, box_noise, seed):
+def _one(bank, times, row, crop, cfg, box_noise, seed):
     "Channels (2 s s) of an observation, and what the table keeps of it"
     key = bank.keys.get(row['sample_token'])
     s = bank.sighting(row['instance_token'], row['sample_token'], cfg)
     if s is None: return np.zeros((2, crop.size, crop.size)), dict(shape_first=np.nan, shape_last=np.nan, shape_sweeps=0, shape_points=0, shape_coverage=0., **dict.fromkeys(SIDES, 0))
-    times = {x.token: x.time for x in bank.scene.sweeps}
     got, base = sorted(times[t] for t in s.sweeps), row['timestamp']*1e-6-key
     if any(box_noise): s = misplace(s, np.random.default_rng([seed, zlib.crc32((s.instance_token+s.sample_token).encode())]), cfg, metres=box_noise[0], degrees=box_noise[1])
     x = shape_channels(s, crop.extent, crop.size, cell=cfg.cell)
@@ -91,7 +90,7 @@ def _finish(ds, out, config):
     write_json(out/'dataset.json', {**old, 'features': [*old.get('features', ds.features), SHAPE], 'shapes': summary})
     for p in (out/'scenes').glob('*.part'): shutil.rmtree(p, ignore_errors=True)
 
-# %% ../nbs/23e_occ_crops.ipynb #c309f6a9
+# %% ../nbs/23e_occ_crops.ipynb #116b79b1
 def add_shapes(
     dataset, # Folder of a finished ReID data set, crops heading up
     data:DrivingData, # The world that it was made from
@@ -120,7 +119,7 @@ def add_shapes(
         if (out/'scenes'/name).exists(): continue
         at = np.flatnonzero(ds.table['shard'] == name); at = at[np.argsort(ds.table['row'][at])]
         bank = ShapeBank(data, name, categories=list(made.classes), skip_missing=skip_missing)
-        got = [_one(bank, {k: ds.table[k][i] for k in ('instance_token', 'sample_token', 'timestamp')}, crop, cfg, box_noise, seed) for i in at]
+        times = {x.token: x.time for x in bank.scene.sweeps}; got = [_one(bank, times, {k: ds.table[k][i] for k in ('instance_token', 'sample_token', 'timestamp')}, crop, cfg, box_noise, seed) for i in at]
         if not (out/'config.json').exists(): write_json(out/'config.json', config)
         rows = [{k: None if v != v else v for k, v in r.items()} for _, r in got]
         _write_scene(ds.path/'scenes'/name, out/'scenes'/name, np.stack([x for x, _ in got]), dict(rows=rows, between=any(not s.sample_token for s in bank.scene.sweeps)))

@@ -236,7 +236,7 @@ class SceneMap:
         elif self.cfg.ground: cls = np.where(is_ground(points, self.scene, self.cfg), GROUND_CLASS, 0).astype(np.uint8)
         return points, np.where(cls == 255, 0, cls).astype(np.uint8), {k: m.result()[0] for k, m in sorted(self.objects.items())}
 
-# %% ../nbs/23b_occ_scene.ipynb #45d73435
+# %% ../nbs/23b_occ_scene.ipynb #30d65c68
 def name_by_neighbours(
     points:Float[np.ndarray, "n 3"], # Metres
     cls:UInt8[np.ndarray, "n"], # 255 without a label
@@ -265,8 +265,8 @@ def over_ground(
     if not len(points): return np.zeros(0)
     z = points[:, 2].astype(np.float64); at = np.floor(points[:, :2].astype(np.float64)/cell).astype(np.int64); corner = at.min(0); at -= corner; nx, ny = at.max(0)+1; k = at @ np.int64([ny, 1])
     middle = np.stack(np.meshgrid(np.arange(nx), np.arange(ny), indexing='ij'), -1).reshape(-1, 2)+corner+.5; far, near = cKDTree(egos[:, :2, 3]).query(middle*cell); base = egos[near, 2, 3]-4
-    tall = np.floor((z-base[k])/.05).astype(np.int64); ok = (tall >= 0) & (tall < 160); hist = np.zeros((nx*ny, 160), np.int32); np.add.at(hist, (k[ok], tall[ok]), 1)
-    up = hist.cumsum(1); floor = np.where(up[:, -1] > 1, base+.05*((up > .1*up[:, -1:]).argmax(1)+.5), np.nan)   # a tenth of the points may lie below: reflections
+    tall = np.floor((z-base[k])/.05).astype(np.int64); ok = (tall >= 0) & (tall < 160); hist = np.bincount(k[ok]*160+tall[ok], minlength=nx*ny*160).reshape(-1, 160)
+    up = hist.cumsum(1, out=hist); floor = np.where(up[:, -1] > 1, base+.05*((up > .1*up[:, -1:]).argmax(1)+.5), np.nan)   # a tenth of the points may lie below: reflections
     found, floor = ((far < 3) & (np.abs(floor-base-4) < 2*step)).reshape(nx, ny), floor.reshape(nx, ny)
     for _ in range(reach):
         w = gaussian_filter(found.astype(np.float64), 1.5, truncate=3.); level = np.where(w > 1e-3, gaussian_filter(np.where(found, floor, 0.), 1.5, truncate=3.)/np.maximum(w, 1e-3), np.nan)

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['map_of_others', 'SecondLook', 'second_look']
 
-# %% ../nbs/22c_recheck.ipynb #4741f121
+# %% ../nbs/22c_recheck.ipynb #0af52d3d
 from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
 
 from .candidates import inv_pose, move
-from .hypotheses import Alternative, Matching, chance_evidence, displacement, refit_poses, relative_poses, scaled_cov
+from .hypotheses import Alternative, Matching, chance_evidence, refit_poses, relative_poses, scaled_cov
 
-# %% ../nbs/22c_recheck.ipynb #26dc4ac1
+# %% ../nbs/22c_recheck.ipynb #3e91dd0c
 def map_of_others(
     m:Matching, # Of the scene
     obj:np.ndarray, # Object of each candidate (n); -1: in none
@@ -33,7 +33,9 @@ def map_of_others(
     sure[:, :3, :3] = C; sure[:, :3, 3:] = sure[:, 3:, :3] = 0; sure[:, 3:, 3:] /= n[:, None, None]
     own = cov[mine].copy(); own[:, :3, :3] = m.P[mine]
     prior, sigma = None, None
-    if c.prior is not None and np.isfinite(c.prior[agent]).all(): prior, sigma = np.stack([np.eye(4), c.prior[agent]]), np.stack([np.zeros(2), c.prior_sigma[agent]])
+    told = [] if c.prior is None or not np.isfinite(c.prior[agent]).all() else [b for b in others if np.isfinite(c.prior[b]).all()]
+    if told:                                                     # relative to one of the others: the group's world need not be that of the priors
+        b = min(told, key=lambda b: tuple(c.prior_sigma[b])); prior, sigma = np.stack([np.eye(4), world[b] @ inv_pose(c.prior[b]) @ c.prior[agent]]), np.stack([c.prior_sigma[b], c.prior_sigma[agent]])
     two = replace(c.take(np.r_[best, mine]), pose=np.r_[pose, m.pose[mine]], cov=np.r_[sure, own], view=np.r_[np.zeros(len(best), int), np.ones(len(mine), int)],
                   views=('others', 'agent'), agent=np.arange(2), view2agent=np.tile(np.eye(4), (2, 1, 1)), K=None, prior=prior, prior_sigma=sigma, embedding=None)
     out = Matching(two, replace(cfg, noise_scale=1.))
@@ -42,7 +44,7 @@ def map_of_others(
         out.evidence = np.zeros((len(two), len(two))); out.evidence[np.ix_(A, B)] = ev; out.evidence[np.ix_(B, A)] = ev.T; out.prior = out.prior+out.evidence
     return out
 
-# %% ../nbs/22c_recheck.ipynb #2fccfb79
+# %% ../nbs/22c_recheck.ipynb #d5b97cfc
 @dataclass
 class SecondLook:
     "How an agent stands against the map of the others"
@@ -74,4 +76,4 @@ def second_look(
         own = max([own]+[o.score for o, n in zip(found, near) if n]); found = [o for o, n in zip(found, near) if not n]
     best = found[0] if found else None
     lead = own-(best.score if best else 0) if stands else (best.score-(found[1].score if len(found) > 1 else 0) if best else 0.)
-    return SecondLook(agent, own, best, float(lead), 0. if stands else chance_evidence(two, 0, 1))
+    return SecondLook(agent, own, best, float(lead), 0. if stands or not best else chance_evidence(two, 0, 1))

@@ -233,7 +233,7 @@ def match_tracklets(
         out.append(best)
     return tuple(torch.cat(v).numpy() for v in zip(*out)) if out else (np.zeros((0, top)), np.zeros((0, top), int))
 
-# %% ../nbs/21_sequences.ipynb #ac54a4b2
+# %% ../nbs/21_sequences.ipynb #23e108b4
 def tracklet_gap(q:Tracklets, g:Tracklets)->Float[np.ndarray, "q g"]:
     "Seconds between the end of one and the beginning of the other; below 0 where they overlap"
     return np.maximum(g.start[None]-q.end[:, None], q.start[:, None]-g.end[None])
@@ -247,7 +247,7 @@ def tracklet_junk(
 ): # Function of a slice of queries -> mask (q' g)
     "Which pairs of tracklets to leave out"
     if scope not in ('all', 'scene', 'other'): raise ValueError(f"scope must be 'all', 'scene' or 'other', got {scope!r}")
-    check_window(max(t.window or 0 for t in (q, g)), min_gap=min_gap, scope=scope)
+    check_window(max(t.window or 0. for t in (q, g)), min_gap=min_gap, scope=scope)
     qs, gs = codes(q.scenes, g.scenes)
     def rows(at):
         own = qs[at][:, None] == gs

@@ -91,3 +91,16 @@ def test_scenes_that_make_no_sense_are_not_made(tmp_path, kw, says):
     from bev_reid.cli_scene import bev_reid_scene_simulate
     with pytest.raises(ValueError, match=says): bev_reid_scene_simulate(str(tmp_path/'s'), **kw)
     assert not (tmp_path/'s').exists()
+
+def test_a_view_that_reports_nothing_keeps_nobody_in_doubt():
+    c, t = simulate_scene(SceneSpec(n_views=3, n_objects=12, n_classes=1), seed=5)
+    silent = replace(c, views=(*c.views, 'silent'), agent=np.arange(4), view2agent=np.tile(np.eye(4), (4, 1, 1)), K=None)
+    s = align_scene(silent); assert s.solved and s.reason == '' and s.group.tolist() == [0, 0, 0, -1]
+
+def test_priors_need_not_be_those_of_the_group_s_world():
+    "Agent 0 has no prior and begins the world; the others roughly know where they stand in another"
+    c, t = simulate_scene(SceneSpec(n_classes=1, n_objects=12, outliers=0, false=0), seed=7); away = np.eye(4); away[:2, 3] = 500, -300
+    prior = away @ t.agents; prior[0] = np.nan; c = replace(c, prior=prior, prior_sigma=np.full((4, 2), [.5, .02])); m = Matching(c, AssociationConfig())
+    world = np.linalg.inv(t.agents[0]) @ t.agents                             # as seen from agent 0
+    got = [map_of_others(m, c.truth, world, np.setdiff1d(np.arange(4), a), a).c for a in range(4)]; assert got[0].prior is None
+    for a in range(1, 4): np.testing.assert_allclose(got[a].prior[1], world[a], atol=1e-9); assert second_look(m, c.truth, world, np.zeros(4, int), a).lead > 4
